@@ -1,0 +1,157 @@
+"""Durations, sizes and times as people write them, and as records keep them.
+
+Durations: `45m`, `10s`, `500ms`, `1h30m`, `2d`, or a number of seconds. Sizes: `64KiB`, `10MB`, or bytes.
+Times in records: RFC 3339 in UTC, whole microseconds inside the journal.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from agentqd.core.limits import DURATION_MAX_S
+
+_DURATION_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|w)")
+_DURATION_UNIT_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]i?B?|B)?")
+_SIZE_UNIT: Final = {
+    "": 1, "B": 1,
+    "K": 1000, "KB": 1000, "KI": 1024, "KIB": 1024,
+    "M": 1000**2, "MB": 1000**2, "MI": 1024**2, "MIB": 1024**2,
+    "G": 1000**3, "GB": 1000**3, "GI": 1024**3, "GIB": 1024**3,
+    "T": 1000**4, "TB": 1000**4, "TI": 1024**4, "TIB": 1024**4,
+}  # fmt: skip
+
+
+class Duration(float):
+    """Seconds. A float with a name of its own, so that decoders know to read `45m` here."""
+
+    __slots__ = ()
+
+
+class Size(int):
+    """Bytes. An int with a name of its own, so that decoders know to read `64KiB` here."""
+
+    __slots__ = ()
+
+
+class Backoff:
+    """Waits before the second, third, ... attempt. `doubles`: the one step doubles each time (`backoff: 1s`)."""
+
+    __slots__ = ("doubles", "steps_s")
+
+    def __init__(self, steps_s: tuple[float, ...], *, doubles: bool) -> None:
+        self.steps_s = steps_s
+        self.doubles = doubles
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Backoff) and (self.steps_s, self.doubles) == (other.steps_s, other.doubles)
+
+    def __hash__(self) -> int:
+        return hash((self.steps_s, self.doubles))
+
+    def __repr__(self) -> str:
+        return f"Backoff({self.steps_s!r}, doubles={self.doubles!r})"
+
+
+def parse_backoff(value: object) -> Backoff:
+    """`1s` (doubles from it) or a list (the schedule; its last step repeats). Raises ValueError."""
+    if isinstance(value, list):
+        if not value or len(value) > 100:
+            raise ValueError("a backoff schedule is a list of 1 to 100 durations")
+        return Backoff(tuple(float(parse_duration(item)) for item in value), doubles=False)
+    return Backoff((float(parse_duration(value)),), doubles=True)
+
+
+def decode_unit(wanted: type, value: Any) -> Any:
+    """msgspec's dec_hook for the types of this module."""
+    if wanted is Duration:
+        return parse_duration(value)
+    if wanted is Size:
+        return parse_size(value)
+    if wanted is Backoff:
+        return parse_backoff(value)
+    raise NotImplementedError(f"no decoder for {wanted}")
+
+
+def encode_unit(value: Any) -> Any:
+    """msgspec's enc_hook for the types of this module."""
+    if isinstance(value, Duration):
+        return float(value)
+    if isinstance(value, Size):
+        return int(value)
+    if isinstance(value, Backoff):
+        return value.steps_s[0] if value.doubles else list(value.steps_s)
+    raise NotImplementedError(f"no encoder for {type(value)}")
+
+
+def parse_duration(value: object) -> Duration:
+    """Seconds from `45m`, `10s`, `500ms`, `1h30m` or a number. Raises ValueError with what was wrong."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"a duration is like 45m, 10s or a number of seconds, not {_shown(value)}")
+    seconds = _duration_text(value.strip()) if isinstance(value, str) else float(value)
+    if not 0 <= seconds <= DURATION_MAX_S:  # NaN fails this too
+        raise ValueError(f"a duration must be between 0 and ten years, not {_shown(value)}")
+    return Duration(seconds)
+
+
+def _duration_text(text: str) -> float:
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return float(text)
+    total, end = 0.0, 0
+    for part in _DURATION_PART.finditer(text):
+        if part.start() != end:
+            break
+        total += float(part[1]) * _DURATION_UNIT_S[part[2]]
+        end = part.end()
+    if not text or end != len(text):
+        raise ValueError(f"a duration is like 45m, 10s, 500ms or 1h30m, not {_shown(text)}")
+    return total
+
+
+def format_duration(seconds: float) -> str:
+    """The short form for people: 0.4s, 12s, 3m05s, 2h10m, 4d02h."""
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def parse_size(value: object) -> Size:
+    """Bytes from `64KiB`, `10MB`, `512` or a whole number. Raises ValueError with what was wrong."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return Size(value)
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
+        return Size(float(match[1]) * _SIZE_UNIT[(match[2] or "").upper()])
+    raise ValueError(f"a size is like 64KiB, 10MB or a number of bytes, not {_shown(value)}")
+
+
+def parse_time_us(value: str) -> int:
+    """Microseconds since the epoch from an RFC 3339 time. Raises ValueError; a time needs its zone."""
+    try:
+        moment = datetime.fromisoformat(value)
+    except ValueError:
+        raise ValueError(f"a time is like 2026-04-07T18:30:00Z, not {_shown(value)}") from None
+    if moment.tzinfo is None:
+        raise ValueError(f"a time needs its zone (a Z at the end for UTC): {_shown(value)}")
+    return int(moment.timestamp() * 1_000_000)
+
+
+def format_time(us: int | None) -> str | None:
+    """RFC 3339 in UTC with milliseconds, or None."""
+    if us is None:
+        return None
+    moment = datetime.fromtimestamp(us / 1_000_000, UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
