@@ -1,0 +1,118 @@
+"""Submitting a task and waiting for it, across lost answers and restarts of the daemon."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from agentqd.client.box import Box, is_absent
+from agentqd.client.connection import LONG_POLL_S, encode_json, take
+from agentqd.client.errors import AnswerLost
+from agentqd.client.patience import Patience, may_come_back
+from agentqd.client.queuefile import LINE_BYTES_USUAL_MAX
+from agentqd.core import errors
+from agentqd.core.errors import AgentqError, Unreachable
+
+RESENDS_MAX = 3
+RESEND_WAIT_S = 0.2
+
+
+def submit_task(
+    box: Box, fields: dict[str, Any], sleep: Callable[[float], None] = time.sleep
+) -> dict[str, Any]:
+    """The task in the daemon's hands, or in its queue file. `fields` must carry an id.
+
+    A lost answer leaves the outcome unknown: the same bytes with the same id are sent again, and the daemon calls the
+    second one a duplicate of the first. When it does not come back, the queue file takes them: the id dedupes there too.
+    """
+    assert fields.get("id"), "an id comes before the first send"
+    body = encode_json(fields)
+    for again in range(1 + RESENDS_MAX):
+        try:
+            answer = box.connection.post_raw("tasks", body=body)
+        except AnswerLost:
+            if again < RESENDS_MAX:
+                sleep(RESEND_WAIT_S)
+        except Unreachable as error:
+            if not is_absent(error):
+                raise
+            break
+        else:
+            return answer
+    return keep_task(box, fields)
+
+
+def keep_task(box: Box, fields: dict[str, Any]) -> dict[str, Any]:
+    """The task checked here (nobody else can say so now) and appended to the queue file. Raises AgentqError."""
+    from agentqd.core.task import read_task
+
+    queue = box.queue()
+    line = encode_json(fields)
+    read_task(line)
+    if len(line) > LINE_BYTES_USUAL_MAX and "prompt" in fields:
+        rest = {name: value for name, value in fields.items() if name != "prompt"}
+        line = encode_json({**rest, "prompt_ref": queue.put_prompt(fields["id"], fields["prompt"].encode())})
+    queue.append([line])
+    return {
+        "task_id": fields["id"],
+        "state": None,
+        "result": None,
+        "duplicate": None,
+        "where": box.kept_in,
+        "queue_file": queue.path,
+    }
+
+
+def wait_for(
+    box: Box,
+    task_id: str,
+    *,
+    timeout_s: float | None = None,
+    may_be_unread: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, Any]:
+    """The end of a task: `{"id", "state", "result", "reason", "exit_code", "finished"}`; `finished` is false only after
+    `timeout_s`. `may_be_unread`: the line stands in the queue file, so "no such task" is "not yet" for a while."""
+    until = None if timeout_s is None else clock() + timeout_s
+    patience = Patience(box.reconnect_s, clock)
+    last: dict[str, Any] = {
+        "id": task_id,
+        "state": None,
+        "result": None,
+        "reason": None,
+        "exit_code": None,
+        "finished": False,
+    }
+    while True:
+        left_s = LONG_POLL_S if until is None else max(0.0, min(LONG_POLL_S, until - clock()))
+        try:
+            last = box.connection.get(
+                "tasks", task_id, "wait", query={"timeout_s": f"{left_s:.3f}"}, extra_s=left_s
+            )
+        except Unreachable as error:
+            if not may_come_back(error):
+                raise
+            patience.bear(error, until)
+        except AgentqError as error:
+            if error.code != "no_such_task" or not may_be_unread:
+                raise
+            patience.bear(error, until)
+        else:
+            patience.succeeded()
+            may_be_unread = False
+        if take(last, "finished", bool) or (until is not None and clock() >= until):
+            return last
+
+
+def exit_code_of(end: dict[str, Any]) -> int:
+    """What `wait` ends with: 0 success, the worker's own code, 124 timeout (of the task or of the waiting), 125 else."""
+    result = end.get("result")
+    if not end["finished"] or result == "timeout":
+        return errors.EXIT_TIMEOUT
+    if result == "success":
+        return errors.EXIT_OK
+    code = end.get("exit_code")
+    if result == "failed" and isinstance(code, int) and 0 < code < 256:
+        return code
+    return errors.EXIT_OTHER_END

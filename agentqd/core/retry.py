@@ -1,0 +1,39 @@
+"""When to try again: a task's next attempt, and an outbox row's next send."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from agentqd.core.lifecycle import Result
+from agentqd.core.units import Backoff
+
+RETRIED_RESULTS: Final = frozenset({Result.FAILED, Result.TIMEOUT, Result.SPAWN_FAILED, Result.NO_WORK})
+TASK_BACKOFF_MAX_S: Final = 3600.0
+LOST_REQUEUES_MAX: Final = 10  # a task that takes the box down with it must not do so for ever
+JITTER: Final = 0.2  # Svix; drawn once and stored (delivery defaults)
+
+
+class Schedule(msgspec.Struct, frozen=True):
+    """A sink's retry schedule: seconds before each further try; the last one repeats; `lifetime_s` ends it (None: never)."""
+
+    steps_s: tuple[float, ...]
+    doubles: bool
+    max_s: float
+    lifetime_s: float | None
+
+
+def wait_s(backoff: Backoff, failures: int, max_s: float = TASK_BACKOFF_MAX_S) -> float:
+    """Seconds to wait after the `failures`-th failure in a row (1 is the first)."""
+    assert failures >= 1
+    if not backoff.doubles:
+        return backoff.steps_s[min(failures, len(backoff.steps_s)) - 1]
+    return min(backoff.steps_s[0] * 2.0 ** min(failures - 1, 60), max_s)
+
+
+def next_try_s(schedule: Schedule, failures: int, draw: float, retry_after_s: float | None) -> float:
+    """Seconds until an outbox row's next try. `draw` in [0, 1) is the jitter's random number; Retry-After is a floor."""
+    base = wait_s(Backoff(schedule.steps_s, doubles=schedule.doubles), failures, schedule.max_s)
+    jittered = base * (1 + JITTER * draw)
+    return max(jittered, retry_after_s or 0.0)

@@ -1,0 +1,113 @@
+"""The plug point: what a sink is. One plug a file beside this one; none knows another; ONE conformance suite runs over all.
+
+Rules for a plug:
+1. It answers with a value for every delivery it was given: `Delivered`, `Deferred` or `Rejected`. Raising, hanging or an
+   answer of the wrong length counts as `Deferred` (the loop sees to it): the same id is sent again.
+2. `Delivered` means: the receiver has said so, and what it said so about is durable there as the sink's docs promise.
+   An ambiguous outcome is `Deferred`.
+3. It sends the payload's bytes as they are and always says the delivery id. It never logs a payload or a secret.
+4. It may be cancelled at any await (shutdown, time-out); it then leaves nothing half-open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+
+from agentqd.core.settings import Sink as SinkSettings
+
+
+class Delivery(msgspec.Struct, frozen=True):
+    """One outbox row, as a plug sees it."""
+
+    delivery_id: str
+    entry_seq: int
+    type: str  # CloudEvents type: agentq.task.success, agentq.task.entry, agentq.alert.no_work, ...
+    kind: str  # result, entry, alert, rejection
+    key: str
+    task_id: str | None
+    payload: bytes  # the sealed envelope; core.envelope.data_of gives the data object's bytes
+    created_at: int  # microseconds
+    attempts: int  # how many tries came before this one
+    blob_path: str | None = None  # file with a large entry's content (the payload then names it)
+
+
+class Delivered(msgspec.Struct, frozen=True):
+    position: int | None = None  # the seq under which an append sink stored it
+    detail: str | None = None
+
+
+class Deferred(msgspec.Struct, frozen=True):
+    reason: str
+    retry_after_s: float | None = None
+
+
+class Rejected(msgspec.Struct, frozen=True):
+    """For good: the row becomes `dead`, an alert goes out."""
+
+    reason: str
+
+
+Outcome = Delivered | Deferred | Rejected
+
+
+class ExecResult(msgspec.Struct, frozen=True):
+    exit_code: int | None
+    signal: int | None = None
+    timed_out: bool = False
+    error: str | None = None  # could not be started
+    output: str = ""
+
+
+class Exec(Protocol):
+    """Runs a foreign command through the supervisor. Raises SupervisorUnavailable."""
+
+    def __call__(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        timeout_s: float,
+        stdin: str | None = None,
+        stdin_path: str | None = None,
+    ) -> Awaitable[ExecResult]: ...
+
+
+class Context(msgspec.Struct, frozen=True):
+    """What a plug may use of the daemon."""
+
+    name: str
+    settings: SinkSettings
+    state_dir: str
+    exec: Exec
+    now_us: Callable[[], int]
+    file_mode: int = 0o600
+
+
+class Found(msgspec.Struct, frozen=True):
+    """A delivery that an append sink's file already holds: the daemon died between append and mark."""
+
+    delivery_id: str
+    position: int
+
+
+class Sink(Protocol):
+    batch_max: int  # how many deliveries it takes at once (1 for most)
+    timeout_s: float  # of one `deliver`
+    concurrency: int  # batches under way at once
+
+    async def open(self, last_position: int) -> list[Found]:
+        """Called once before the first `deliver`; `last_position`: the highest position that the journal knows for it.
+
+        An append sink cuts its own torn tail here and tells what it finds beyond `last_position`. Raising OSError is
+        allowed: it is told, and tried again with backoff.
+        """
+        ...
+
+    async def deliver(self, batch: Sequence[Delivery]) -> Sequence[Outcome]:
+        """One outcome for each, in order."""
+        ...
+
+    async def close(self) -> None: ...

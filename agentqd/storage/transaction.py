@@ -1,0 +1,145 @@
+"""One journal transaction, as a unit sees it.
+
+Invariants:
+1. A unit writes through `execute`, and says what happened through `event`; both become durable together or not at all.
+2. What a unit wants done in the world it hands to `after_commit`; it runs on the loop's thread once the commit is durable.
+3. Events get their seq and hash in the order in which they were said; the chain covers every byte of an event.
+4. Sums (`count_task`, `count_outbox`) move in the same transaction as what they count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
+
+import msgspec
+
+_encode = msgspec.json.Encoder().encode
+
+_INSERT_EVENT: Final = "INSERT INTO events (seq, at, task, event, data, hash) VALUES (?, ?, ?, ?, ?, ?)"
+_ADD_TASK_COUNT: Final = (
+    "INSERT INTO task_counts (queue, state, result, n) VALUES (?, ?, ?, ?)"
+    " ON CONFLICT DO UPDATE SET n = n + excluded.n"
+)
+_ADD_OUTBOX_COUNT: Final = (
+    "INSERT INTO outbox_counts (sink, state, n) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n"
+)
+_GENESIS: Final = bytes(32)
+
+
+def event_hash(previous: bytes, seq: int, at: int, task: str | None, event: str, data: str) -> bytes:
+    """The link of the chain. Lengths are part of what is hashed, so that no two events read alike."""
+    text = f"{seq}\x00{at}\x00{task or ''}\x00{event}\x00{data}"
+    return hashlib.sha256(previous + text.encode("utf-8", "surrogatepass")).digest()
+
+
+class Numbers:
+    """The next seq of each numbered table and the head of the event chain: moved by commits only."""
+
+    __slots__ = ("entry", "event", "head", "task")
+
+    def __init__(self, task: int, entry: int, event: int, head: bytes) -> None:
+        self.task, self.entry, self.event, self.head = task, entry, event, head
+
+    def copy(self) -> Numbers:
+        return Numbers(self.task, self.entry, self.event, self.head)
+
+    @classmethod
+    def load(cls, connection: sqlite3.Connection) -> Numbers:
+        kept = dict(connection.execute("SELECT key, value FROM meta WHERE key IN ('task_seq','entry_seq','event_seq')"))
+
+        def newest(table: str, key: str) -> int:
+            row = connection.execute(f"SELECT max(seq) FROM {table}").fetchone()  # noqa: S608 - a fixed name
+            return max(int(row[0] or 0), int(kept.get(key, 0)))
+
+        row = connection.execute("SELECT hash FROM events ORDER BY seq DESC LIMIT 1").fetchone()
+        checkpoint = connection.execute("SELECT value FROM meta WHERE key = 'chain_checkpoint_hash'").fetchone()
+        head = bytes(row[0]) if row else bytes(checkpoint[0]) if checkpoint else _GENESIS
+        return cls(newest("tasks", "task_seq"), newest("entries", "entry_seq"), newest("events", "event_seq"), head)
+
+
+class Transaction:
+    """Handed to every unit. Not to be kept beyond the unit."""
+
+    __slots__ = ("_after", "_events", "_outbox_counts", "_task_counts", "connection", "execute", "now_us", "numbers")
+
+    def __init__(self, connection: sqlite3.Connection, numbers: Numbers, now_us: int) -> None:
+        self.connection = connection
+        self.execute = connection.execute
+        self.now_us = now_us
+        self.numbers = numbers
+        self._events: list[tuple[str | None, str, str]] = []
+        self._task_counts: list[tuple[str, str, str, int]] = []
+        self._outbox_counts: list[tuple[str, str, int]] = []
+        self._after: list[Callable[[], None]] = []
+
+    def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        self.connection.executemany(sql, rows)
+
+    def one(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
+        """The first row as a tuple, or None."""
+        return self.execute(sql, parameters).fetchone()
+
+    def next_task_seq(self) -> int:
+        self.numbers.task += 1
+        return self.numbers.task
+
+    def next_entry_seq(self) -> int:
+        self.numbers.entry += 1
+        return self.numbers.entry
+
+    def event(self, task: str | None, event: str, **data: Any) -> None:
+        """Record what happened. `data` is small, JSON-able, and never holds a prompt, a secret or an environment."""
+        self._events.append((task, event, _encode(data).decode() if data else "{}"))
+
+    def count_task(self, queue: str, state: str, result: str | None, change: int) -> None:
+        self._task_counts.append((queue, state, result or "", change))
+
+    def count_outbox(self, sink: str, state: str, change: int) -> None:
+        self._outbox_counts.append((sink, state, change))
+
+    def after_commit(self, action: Callable[[], None]) -> None:
+        self._after.append(action)
+
+    # The journal's side.
+
+    def mark(self) -> tuple[int, int, int, int, Numbers]:
+        return (
+            len(self._events),
+            len(self._task_counts),
+            len(self._outbox_counts),
+            len(self._after),
+            self.numbers.copy(),
+        )
+
+    def return_to(self, mark: tuple[int, int, int, int, Numbers]) -> None:
+        """Forget what a failed unit said (its rows are rolled back to its savepoint)."""
+        del self._events[mark[0] :]
+        del self._task_counts[mark[1] :]
+        del self._outbox_counts[mark[2] :]
+        del self._after[mark[3] :]
+        self.numbers = mark[4]
+
+    def flush(self) -> list[Callable[[], None]]:
+        """Write events and sums; called once, last before COMMIT. Returns what is to be done after it."""
+        rows = []
+        numbers, at = self.numbers, self.now_us
+        head, seq = numbers.head, numbers.event
+        for task, event, data in self._events:
+            seq += 1
+            head = event_hash(head, seq, at, task, event, data)
+            rows.append((seq, at, task, event, data, head))
+        numbers.event, numbers.head = seq, head
+        if rows:
+            self.connection.executemany(_INSERT_EVENT, rows)
+        for sql, changes in ((_ADD_TASK_COUNT, self._task_counts), (_ADD_OUTBOX_COUNT, self._outbox_counts)):
+            sums: Counter[tuple[str, ...]] = Counter()
+            for *key, change in changes:  # type: ignore[misc]
+                sums[tuple(key)] += change  # type: ignore[arg-type]
+            moved = [(*key, n) for key, n in sums.items() if n]
+            if moved:
+                self.connection.executemany(sql, moved)
+        return self._after

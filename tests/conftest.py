@@ -1,0 +1,57 @@
+"""What holds for all tests: which of them can run here, and that a test left out is never left out quietly."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+# Tests with these marks may be skipped on a person's machine, with a reason. In CI they must run.
+MUST_RUN_IN_CI = ("root", "systemd", "image")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--no-skips",
+        action="store_true",
+        help="a skipped test marked root, systemd or image is a failure (script/test sets this when CI=true)",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.geteuid() == 0:
+        return
+    for item in items:
+        if item.get_closest_marker("root"):
+            item.add_marker(pytest.mark.skip(reason="needs root"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """With --no-skips, turn the skip of a test that must run into a failure that says why it did not."""
+    report: pytest.TestReport = yield
+    must_run = any(item.get_closest_marker(mark) for mark in MUST_RUN_IN_CI)
+    if report.skipped and must_run and not hasattr(report, "wasxfail") and item.config.getoption("--no-skips"):
+        report.outcome = "failed"
+        report.longrepr = f"did not run, and --no-skips demands it: {_reason(report)}"
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The last lines before pytest's closing one: what was not run and why, and which other checks failed."""
+    reasons = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", ()))
+    if reasons:
+        terminalreporter.section("not run here")
+        for reason, count in sorted(reasons.items()):
+            terminalreporter.write_line(f"{count} test{'s' if count > 1 else ''}: {reason}", yellow=True)
+    if failed := os.environ.get("AGENTQD_CHECKS_FAILED"):
+        terminalreporter.section("checks before the tests")
+        terminalreporter.write_line(f"FAILED: {failed} (their words are above)", red=True)
+
+
+def _reason(report: pytest.TestReport) -> str:
+    if isinstance(report.longrepr, tuple):
+        return report.longrepr[2].removeprefix("Skipped: ")
+    return str(report.longrepr)
