@@ -1,0 +1,1 @@
+"""`agentqctl`: what people and scripts use. One verb, one file in `verbs/`, loaded only when it is run."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from agentqd.client.channel import UnixTransport
 from agentqd.client.connection import Connection
@@ -19,8 +19,7 @@ RECONNECT_S = 60.0
 CONSUMER_DEFAULT = "default"
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):
     """One box as a client sees it."""
 
     connection: Connection
@@ -31,8 +30,7 @@ class Box:
     kept_in: str = "queue_file"  # `where` of a task that was taken without a daemon
 
 
-@dataclass(frozen=True, slots=True)
-class Where:
+class Where(NamedTuple):
     """What the command line said."""
 
     socket: str | None = None

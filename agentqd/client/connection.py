@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from agentqd.client.channel import Transport
@@ -12,7 +11,6 @@ from agentqd.client.http import Answer, exchange, make_target
 
 REQUEST_TIMEOUT_S = 30.0
 LONG_POLL_S = 25.0
-STREAM_LINE_BYTES_MAX = 64 * 1024 * 1024
 
 Query = dict[str, str | int | None]
 Object = dict[str, Any]
@@ -42,16 +40,6 @@ class Connection:
         """A body that is not JSON, with its headers (lower-case names)."""
         with self._open("GET", path, query, None, extra_s) as answer:
             return answer.read(), answer.headers
-
-    def stream_lines(self, *path: str, query: Query, silence_s: float) -> Iterator[bytes]:
-        """The lines of an endless answer, without their newlines. Raises AnswerLost after `silence_s` of nothing."""
-        with self._open("GET", path, query, None, silence_s) as answer:
-            rest = b""
-            for piece in answer.pieces():
-                *lines, rest = (rest + piece).split(b"\n")
-                yield from lines
-                if len(rest) > STREAM_LINE_BYTES_MAX:
-                    raise BadAnswer("an event that never ends")
 
     def _call(
         self, method: str, path: tuple[str, ...], query: Query, body: bytes | None, extra_s: float

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Self
-from urllib.parse import quote, urlencode
 
 from agentqd.client.channel import Channel, Transport
 from agentqd.client.errors import AnswerLost, BadAnswer
@@ -20,14 +19,23 @@ from agentqd.core.limits import CONTROL_BODY_BYTES_MAX
 
 HEAD_BYTES_MAX = 64 * 1024
 READ_BYTES = 64 * 1024
+UNRESERVED = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~"
 CHUNK_LINE_BYTES_MAX = 1024
 
 
 def make_target(path: tuple[str, ...], query: dict[str, str | int | None]) -> str:
     """`/v1/...` with every part quoted, so that an id can never become another path."""
-    target = "/v1/" + "/".join(quote(part, safe="") for part in path)
-    given = {name: value for name, value in query.items() if value is not None}
-    return f"{target}?{urlencode(given)}" if given else target
+    target = "/v1/" + "/".join(map(_quoted, path))
+    given = "&".join(f"{name}={_quoted(str(value))}" for name, value in query.items() if value is not None)
+    return f"{target}?{given}" if given else target
+
+
+def _quoted(text: str) -> str:
+    """Percent-encoded, but for what RFC 3986 calls unreserved. (urllib.parse takes 2 ms to import.)"""
+    if text in (".", ".."):
+        return text.replace(".", "%2E")
+    raw = text.encode("utf-8", "surrogateescape")
+    return "".join(chr(byte) if byte in UNRESERVED else f"%{byte:02X}" for byte in raw)
 
 
 class Answer:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from agentqd.client.box import Box
-from agentqd.client.connection import Query, take
+from agentqd.client.connection import take
 from agentqd.client.errors import BadAnswer
 from agentqd.client.patience import Patience, may_come_back
 from agentqd.core.errors import AgentqError, Unreachable
@@ -16,8 +16,7 @@ FOLLOW_WAIT_S = 20
 NEXT_ATTEMPT_POLL_S = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """`data` begins at `offset`; `skipped` bytes before it are gone (punched out by the output limit)."""
 
     data: bytes

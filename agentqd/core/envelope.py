@@ -15,7 +15,7 @@ import msgspec
 
 from agentqd.core.units import format_time
 
-Kind = Literal["result", "entry", "alert", "rejection"]
+Kind = Literal["result", "entry", "broken", "alert", "rejection"]  # broken: an entry that was set aside
 _DATA: Final = b',"data":'
 _encode = msgspec.json.Encoder().encode
 

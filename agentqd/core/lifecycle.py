@@ -51,6 +51,7 @@ class Event(StrEnum):
     BACKOFF_ENDED = "backoff_ended"
     HOLD_REQUESTED = "hold_requested"
     RELEASED = "released"
+    RELEASED_FOR_LATER = "released_for_later"  # its start time still lies ahead
     CLAIMED = "claimed"
     CLAIM_WITHDRAWN = "claim_withdrawn"  # the worker provably never started
     STOP_BEGUN = "stop_begun"  # a cancel or a deadline: the tree is being ended
@@ -82,6 +83,7 @@ TABLE: Final[dict[State, dict[Event, State]]] = {
     State.BLOCKED: {**_WAITING, Event.UNBLOCKED: State.QUEUED},
     State.HELD: {
         Event.RELEASED: State.QUEUED,
+        Event.RELEASED_FOR_LATER: State.SCHEDULED,
         Event.CANCELLED: State.FINISHED,
         Event.EXPIRED: State.FINISHED,
         Event.REFUSED: State.FINISHED,

@@ -45,7 +45,7 @@ class Resolved(msgspec.Struct, frozen=True):
     on_lost: OnLost
     on_conflict: Conflict
     intent_ttl_s: float | None
-    deliver_to: tuple[str, ...] | None  # None: the routes decide
+    deliver_to: tuple[str, ...]  # the config's word only: where neither the task nor a route says
     deliver_within_s: float | None
     dedup_ttl_s: float
     allow_no_work: bool
@@ -95,26 +95,29 @@ def resolve(task: TaskRequest, queue_name: str, runner_name: str, settings: Sett
                 return value
         return None
 
+    def seconds(name: str) -> Any:
+        value = pick(name)
+        return None if value is None else float(value)
+
     allow = task.expect.allow_no_work if task.expect is not None else None
     warning = pick("warning_signal")
-    deliver_to = pick("deliver_to")
     return Resolved(
-        run_timeout_s=task.timeout if task.run_timeout is None and task.timeout is not None else pick("run_timeout"),
-        total_timeout_s=pick("total_timeout"),
-        queue_timeout_s=pick("queue_timeout"),
-        first_output_timeout_s=pick("first_output_timeout"),
-        silence_timeout_s=pick("silence_timeout"),
-        kill_grace_s=pick("kill_grace"),
+        run_timeout_s=float(task.timeout) if task.run_timeout is None and task.timeout is not None else seconds("run_timeout"),
+        total_timeout_s=seconds("total_timeout"),
+        queue_timeout_s=seconds("queue_timeout"),
+        first_output_timeout_s=seconds("first_output_timeout"),
+        silence_timeout_s=seconds("silence_timeout"),
+        kill_grace_s=seconds("kill_grace"),
         warning_signal=getattr(signal, warning, None) if isinstance(warning, str) else None,
-        result_grace_s=pick("result_grace"),
+        result_grace_s=seconds("result_grace"),
         max_attempts=pick("max_attempts"),
         backoff=pick("backoff"),
         on_lost=pick("on_lost"),
         on_conflict=task.on_conflict or queue.on_conflict or pick("on_conflict") or settings.writes.on_conflict,
-        intent_ttl_s=pick("intent_ttl") or settings.writes.ttl,
-        deliver_to=tuple(deliver_to) if task.deliver_to is not None or deliver_to else None,
-        deliver_within_s=pick("deliver_within"),
-        dedup_ttl_s=pick("dedup_ttl"),
+        intent_ttl_s=seconds("intent_ttl") or (None if settings.writes.ttl is None else float(settings.writes.ttl)),
+        deliver_to=tuple(next(layer.deliver_to for layer in layers if layer.deliver_to is not None)),
+        deliver_within_s=seconds("deliver_within"),
+        dedup_ttl_s=seconds("dedup_ttl"),
         allow_no_work=pick("allow_no_work") if allow is None else allow,
         workdir=pick("workdir"),
     )

@@ -28,9 +28,11 @@ def known_sink(settings: Settings, name: str) -> bool:
     return name == COMPLETIONS or name in settings.sinks
 
 
-def sinks_for(settings: Settings, subject: Subject, task_says: Iterable[str] | None) -> list[str]:
+def sinks_for(
+    settings: Settings, subject: Subject, task_says: Iterable[str] | None, defaults: Iterable[str]
+) -> list[str]:
     """The names, `completions` first, each once. `task_says` is the task's own deliver_to (None: it says nothing)."""
-    chosen = list(task_says) if task_says is not None else _routed(settings, subject)
+    chosen = list(task_says) if task_says is not None else _routed(settings, subject) or list(defaults)
     return list(dict.fromkeys([COMPLETIONS, *chosen]))
 
 

@@ -51,7 +51,7 @@ class Ended(msgspec.Struct, frozen=True):
 
 class Verdict(msgspec.Struct, frozen=True):
     result: Result
-    reason: str
+    reason: str | None  # machine-readable; None for a success that ended by itself
     detail: str | None = None
 
 
@@ -94,7 +94,7 @@ def _exit_zero(ended: Ended, evidence: Evidence, expect: Expect, allow_no_work: 
     unmet = _unmet(evidence, expect)
     if unmet is not None:
         return unmet
-    return Verdict(Result.SUCCESS, ended.intent or "exit_code", None)
+    return Verdict(Result.SUCCESS, ended.intent, None)
 
 
 def _unmet(evidence: Evidence, expect: Expect) -> Verdict | None:

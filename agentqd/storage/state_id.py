@@ -23,7 +23,9 @@ def load_state_id(path: str) -> str:
     try:
         _create(path, temporary)
     except OSError as problem:
-        raise StateFolderError(f"{path}: cannot create the state folder's id: {problem.strerror}") from problem
+        raise StateFolderError(
+            f"{path}: cannot create the state folder's id: {problem.strerror}"
+        ) from problem
     return _read(path)
 
 
@@ -59,5 +61,7 @@ def _read(path: str) -> str:
     except OSError as problem:
         raise StateFolderError(f"{path}: cannot read the state folder's id: {problem.strerror}") from problem
     if not _ID.fullmatch(content):
-        raise StateFolderError(f"{path}: not a state id (32 hex digits); restore it from a backup, do not make it up")
+        raise StateFolderError(
+            f"{path}: not a state id (32 hex digits); restore it from a backup, do not make it up"
+        )
     return content.decode().strip()

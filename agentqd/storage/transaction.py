@@ -64,7 +64,7 @@ class Numbers:
 class Transaction:
     """Handed to every unit. Not to be kept beyond the unit."""
 
-    __slots__ = ("_after", "_events", "_outbox_counts", "_task_counts", "connection", "execute", "now_us", "numbers")
+    __slots__ = ("_after", "_events", "_outbox_counts", "_task_counts", "connection", "earliest_wake", "execute", "now_us", "numbers")
 
     def __init__(self, connection: sqlite3.Connection, numbers: Numbers, now_us: int) -> None:
         self.connection = connection
@@ -75,6 +75,12 @@ class Transaction:
         self._task_counts: list[tuple[str, str, str, int]] = []
         self._outbox_counts: list[tuple[str, str, int]] = []
         self._after: list[Callable[[], None]] = []
+        self.earliest_wake: int | None = None  # the earliest wake_at that this transaction has set
+
+    def will_wake(self, at_us: int | None) -> None:
+        """A waiting task is to be looked at again at this time."""
+        if at_us is not None and (self.earliest_wake is None or at_us < self.earliest_wake):
+            self.earliest_wake = at_us
 
     def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         self.connection.executemany(sql, rows)
@@ -95,6 +101,10 @@ class Transaction:
         """Record what happened. `data` is small, JSON-able, and never holds a prompt, a secret or an environment."""
         self._events.append((task, event, _encode(data).decode() if data else "{}"))
 
+    def event_json(self, task: str | None, event: str, data: str) -> None:
+        """The same with data that is JSON already (the hot path of intake)."""
+        self._events.append((task, event, data))
+
     def count_task(self, queue: str, state: str, result: str | None, change: int) -> None:
         self._task_counts.append((queue, state, result or "", change))
 
@@ -103,6 +113,14 @@ class Transaction:
 
     def after_commit(self, action: Callable[[], None]) -> None:
         self._after.append(action)
+
+    def queues_made_ready(self) -> set[str]:
+        """The queues into which this transaction has put a task that may start."""
+        return {queue for queue, state, _, change in self._task_counts if state == "queued" and change > 0}
+
+    def sinks_made_pending(self) -> set[str]:
+        """The sinks that this transaction has given rows to send."""
+        return {sink for sink, state, change in self._outbox_counts if state == "pending" and change > 0}
 
     # The journal's side.
 
@@ -135,10 +153,14 @@ class Transaction:
         numbers.event, numbers.head = seq, head
         if rows:
             self.connection.executemany(_INSERT_EVENT, rows)
-        for sql, changes in ((_ADD_TASK_COUNT, self._task_counts), (_ADD_OUTBOX_COUNT, self._outbox_counts)):
-            sums: Counter[tuple[str, ...]] = Counter()
-            for *key, change in changes:  # type: ignore[misc]
-                sums[tuple(key)] += change  # type: ignore[arg-type]
+        counted: tuple[tuple[str, list[Any]], ...] = (
+            (_ADD_TASK_COUNT, self._task_counts),
+            (_ADD_OUTBOX_COUNT, self._outbox_counts),
+        )
+        for sql, changes in counted:
+            sums: Counter[Any] = Counter()
+            for change in changes:
+                sums[change[:-1]] += change[-1]
             moved = [(*key, n) for key, n in sums.items() if n]
             if moved:
                 self.connection.executemany(sql, moved)

@@ -19,13 +19,13 @@ from agentqd.supervisor.deadlines import Timer
 from agentqd.supervisor.folder import AttemptFolder, Started, make_folder, mark_started
 from agentqd.supervisor.limits import OUTPUT_POLL_MIN_S
 from agentqd.supervisor.output import OutputCap, SignsOfLife
-from agentqd.supervisor.spawn import SpawnFailed
+from agentqd.supervisor.spawn import SpawnError
 from agentqd.supervisor.tree import MARK_ATTEMPT, MARK_EXEC, MARK_STATE, MARK_TASK
 from agentqd.supervisor.wire import Clocks, Ending, Exited, Run, Running, Stuck
 from agentqd.system.fsops import open_folder_at
 
 
-class StartFailed(Exception):
+class StartError(Exception):
     """Nothing runs. `folder` is there (and open) if the attempt got as far as its `started` file."""
 
     def __init__(self, message: str, folder: AttemptFolder | None = None) -> None:
@@ -39,7 +39,7 @@ class Attempt:
     def __init__(
         self, context: Context, run: Run, received_s: float, over: Callable[[Attempt, Exited], None]
     ) -> None:
-        """Start it. Raises StartFailed, or AlreadyStarted with nothing changed."""
+        """Start it. Raises StartError, or AlreadyStartedError with nothing changed."""
         self._context = context
         self._over = over
         self.task = run.task
@@ -49,11 +49,11 @@ class Attempt:
         self.ended_at = 0
         self._ends_later: list[Timer] = []
         self._clock_timer: Timer | None = None
-        self._signs: SignsOfLife | None = None
         self.clocks = AttemptClocks(run.clocks, received_s, context.clock.monotonic_s())
         self.folder = self._make_folder(run)
         self._stdout = OutputCap(self.folder.stdout_fd, run.stdout_bytes_max, self._no_holes)
         self._stderr = OutputCap(self.folder.stderr_fd, run.stdout_bytes_max, self._no_holes)
+        self._signs = SignsOfLife(self.folder.fd, self.folder.stdout_fd, self.folder.stderr_fd)
         self.child = self._launch(run)
         self._output_pace_s = OUTPUT_POLL_MIN_S
         self._output_timer = context.after(self._output_pace_s, self._look_at_output)
@@ -98,12 +98,12 @@ class Attempt:
         try:
             folder = make_folder(context.tasks_fd, run.task, run.attempt, run.prompt)
         except (OSError, ValueError) as problem:
-            raise StartFailed(f"cannot make the folder {run.folder}: {problem}") from problem
+            raise StartError(f"cannot make the folder {run.folder}: {problem}") from problem
         try:
             mark_started(folder, Started(context.instance, context.boot_id, self.started_at))
         except OSError as problem:
             folder.close()
-            raise StartFailed(f"cannot create {run.folder}/started: {problem}") from problem
+            raise StartError(f"cannot create {run.folder}/started: {problem}") from problem
         return folder
 
     def _launch(self, run: Run) -> Child:
@@ -125,10 +125,10 @@ class Attempt:
                 stderr_fd=folder.stderr_fd,
             )
             return launch(self._context, (run.task, str(run.attempt)), program, hooks)
-        except SpawnFailed as problem:
-            raise StartFailed(str(problem), folder) from problem
+        except SpawnError as problem:
+            raise StartError(str(problem), folder) from problem
         except OSError as problem:
-            raise StartFailed(f"cannot start in {run.folder}: {problem}", folder) from problem
+            raise StartError(f"cannot start in {run.folder}: {problem}", folder) from problem
         finally:
             if work_fd >= 0:
                 os.close(work_fd)
@@ -137,8 +137,6 @@ class Attempt:
         if self._clock_timer is not None:
             self._clock_timer.cancel()
             self._clock_timer = None
-        if self.clocks.needs_polling and self._signs is None:
-            self._signs = SignsOfLife(self.folder.fd, self.folder.stdout_fd, self.folder.stderr_fd)
         next_s = self.clocks.next_s(self._context.clock.monotonic_s())
         if next_s is not None:
             self._clock_timer = self._context.deadlines.at(next_s, self._look_at_clocks)
@@ -147,7 +145,7 @@ class Attempt:
         if self.intent is not None or self.ended_at:
             return
         now_s = self._context.clock.monotonic_s()
-        if self._signs is not None and self._signs.changed():
+        if self.clocks.needs_polling and self._signs.changed():
             self.clocks.saw_activity(now_s)
         intent = self.clocks.expired(now_s)
         if intent is not None:
@@ -155,7 +153,9 @@ class Attempt:
             return
         warning = self.clocks.take_warning(now_s)
         if warning is not None:
-            with contextlib.suppress(OSError):  # a number that is no signal: the config's fault, not the worker's
+            with contextlib.suppress(
+                OSError
+            ):  # a number that is no signal: the config's fault, not the worker's
                 self.child.signal_main(warning)
         self._arm()
 
@@ -176,9 +176,7 @@ class Attempt:
         self._cancel_clocks()
 
     def _stuck(self, pids: list[int]) -> None:
-        self._context.log(
-            "error", "tree_will_not_die", task=self.task, attempt=self.attempt, pids=pids[:50]
-        )
+        self._context.log("error", "tree_will_not_die", task=self.task, attempt=self.attempt, pids=pids[:50])
         self._context.tell(Stuck(self.task, self.attempt, pids or [self.child.pid]))
 
     def _no_holes(self) -> None:

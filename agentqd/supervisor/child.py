@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from agentqd.supervisor.context import Context
 from agentqd.supervisor.ending import TreeEnd, has_ended
 from agentqd.supervisor.procfs import read_process
-from agentqd.supervisor.spawn import SpawnFailed, spawn
+from agentqd.supervisor.spawn import SpawnError, spawn
 from agentqd.supervisor.tree import Key, Owner
 from agentqd.supervisor.wire import LeftBehind
 
@@ -112,7 +112,7 @@ class Child:
 
 
 def launch(context: Context, key: Key, program: Program, hooks: Hooks) -> Child:
-    """Start it. Raises SpawnFailed; then nothing of it is left."""
+    """Start it. Raises SpawnError; then nothing of it is left."""
     try:
         pid = spawn(
             program.argv, program.env, program.cwd, program.stdin_fd, program.stdout_fd, program.stderr_fd
@@ -128,7 +128,7 @@ def launch(context: Context, key: Key, program: Program, hooks: Hooks) -> Child:
         context.selector.register(pidfd, selectors.EVENT_READ, child.pidfd_readable)
     except OSError as problem:
         _undo(pid, pidfd)
-        raise SpawnFailed(f"started {program.argv[0]!r}, cannot watch it: {problem.strerror}") from problem
+        raise SpawnError(f"started {program.argv[0]!r}, cannot watch it: {problem.strerror}") from problem
     context.trees.add(child._owner)  # noqa: SLF001 - made here
     return child
 

@@ -20,7 +20,7 @@ from agentqd.supervisor.limits import (
     OUTPUT_POLL_MIN_S,
 )
 from agentqd.supervisor.output import OutputCap
-from agentqd.supervisor.spawn import SpawnFailed
+from agentqd.supervisor.spawn import SpawnError
 from agentqd.supervisor.tree import MARK_EXEC, MARK_STATE
 from agentqd.supervisor.wire import Exec, ExecEnded
 from agentqd.system.fsops import write_all
@@ -41,13 +41,18 @@ class Execs:
 
     def start(self, request: Exec) -> None:
         """A ref that runs already is left alone: its end will be told."""
-        if request.ref in self._running:
+        earlier = self._running.get(request.ref)
+        if earlier is not None:
+            if earlier.abandoned:
+                error = "an earlier command with this ref is still being ended"
+                self._context.tell(ExecEnded(request.ref, error=error))
+            return
+        if len(self._running) >= EXECS_MAX:
+            self._context.tell(ExecEnded(request.ref, error=f"{EXECS_MAX} foreign commands run already"))
             return
         try:
-            if len(self._running) >= EXECS_MAX:
-                raise SpawnFailed(f"{EXECS_MAX} foreign commands run already")
             self._running[request.ref] = _Command(self._context, request, self)
-        except SpawnFailed as problem:
+        except SpawnError as problem:
             self._context.tell(ExecEnded(request.ref, error=str(problem)))
         except (OSError, ValueError) as problem:
             self._context.tell(ExecEnded(request.ref, error=f"cannot start: {problem}"))
@@ -139,7 +144,8 @@ def _open_capture(folder: str) -> int:
 
 def _open_stdin(request: Exec) -> int:
     if request.stdin is None:
-        return os.open(request.stdin_path or "/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        # O_NONBLOCK: opening a FIFO must not hold up the loop; for regular files it means nothing.
+        return os.open(request.stdin_path or "/dev/null", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     fd = os.memfd_create("agentqd-stdin", os.MFD_CLOEXEC)
     try:
         write_all(fd, request.stdin.encode(errors="surrogatepass"))

@@ -25,7 +25,7 @@ from agentqd.system.fsops import (
     remove_tree_at,
 )
 
-_TASK: Final = re.compile(r"[A-Za-z0-9_-]{1,%d}" % TASK_ID_CHARS_MAX)
+_TASK: Final = re.compile(rf"[A-Za-z0-9_-]{{1,{TASK_ID_CHARS_MAX}}}")
 _APPEND: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 STARTED_BYTES_MAX: Final = 4096
 
@@ -39,7 +39,7 @@ class Started(msgspec.Struct, frozen=True):
     pid: int | None = None
 
 
-class AlreadyStarted(Exception):
+class AlreadyStartedError(Exception):
     """The attempt's folder has `started` or `exit.json`. `folder_fd` is the caller's to close."""
 
     def __init__(self, folder_fd: int) -> None:
@@ -74,7 +74,7 @@ def check_name(task: str, attempt: int, folder: str, state_folder: str) -> None:
 
 
 def make_folder(tasks_fd: int, task: str, attempt: int, prompt: str | None) -> AttemptFolder:
-    """State 1 or 2 -> state 2. Raises AlreadyStarted in states 3 and 4, OSError if it cannot be made."""
+    """State 1 or 2 -> state 2. Raises AlreadyStartedError in states 3 and 4, OSError if it cannot be made."""
     name = f"attempt-{attempt}"
     temporary = f".{name}.tmp-{os.urandom(4).hex()}"
     is_new = _make_task_folder(tasks_fd, task)
@@ -127,7 +127,7 @@ def _clear_for(task_fd: int, name: str) -> None:
         pass
     else:
         if _exists("started", existing_fd) or _exists("exit.json", existing_fd):
-            raise AlreadyStarted(existing_fd)
+            raise AlreadyStartedError(existing_fd)
         os.close(existing_fd)
         remove_tree_at(name, task_fd)
     with os.scandir(task_fd) as entries:

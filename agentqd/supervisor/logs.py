@@ -36,7 +36,13 @@ class StderrLog:
             line = f"{at} {level:7} {event} {shown}\n".encode(errors="replace")
         else:
             record = {"at": at, "level": level, "event": event, "program": "agentqd-supervisor", **fields}
-            line = msgspec.json.encode(record) + b"\n"
+            try:
+                line = msgspec.json.encode(record) + b"\n"
+            except UnicodeEncodeError:  # a path that is no UTF-8
+                line = msgspec.json.encode(
+                    {**record, **{name: ascii(value) for name, value in fields.items()}}
+                )
+                line += b"\n"
         with contextlib.suppress(OSError):
             os.write(self._fd, line)
 

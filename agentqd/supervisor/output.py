@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 
 from agentqd.supervisor.limits import OUTPUT_POLL_MAX_S, OUTPUT_POLL_MIN_S
-from agentqd.system.fsops import PUNCH_ALIGN_BYTES, punch_hole
+from agentqd.system.fsops import PUNCH_ALIGN_BYTES, open_folder_at, punch_hole
 
 
 class OutputCap:
@@ -65,7 +65,10 @@ class OutputCap:
 
 
 class SignsOfLife:
-    """Whether an attempt has shown anything since the last look: output, a heartbeat, something in its outbox."""
+    """Whether an attempt has shown anything since the last look: output, a heartbeat, something in its outbox.
+
+    To be made BEFORE the worker is spawned: what a fast worker does at once must not look like the beginning.
+    """
 
     __slots__ = ("_folder_fd", "_last", "_stderr_fd", "_stdout_fd")
 
@@ -73,25 +76,36 @@ class SignsOfLife:
         self._folder_fd = folder_fd
         self._stdout_fd = stdout_fd
         self._stderr_fd = stderr_fd
-        self._last = self._read()
+        self._last = (0, 0, 0, self._changed_at("outbox"), 0)
 
     def changed(self) -> bool:
         current = self._read()
         changed, self._last = current != self._last, current
         return changed
 
-    def _read(self) -> tuple[int, int, int, int]:
+    def _read(self) -> tuple[int, int, int, int, int]:
         return (
             os.fstat(self._stdout_fd).st_size,
             os.fstat(self._stderr_fd).st_size,
             self._changed_at("heartbeat"),
             self._changed_at("outbox"),
+            self._outbox_entries(),  # the kernel's file times move in steps of milliseconds; a count does not
         )
 
     def _changed_at(self, name: str) -> int:
         with contextlib.suppress(OSError):
             return os.stat(name, dir_fd=self._folder_fd, follow_symlinks=False).st_mtime_ns
         return 0
+
+    def _outbox_entries(self) -> int:
+        try:
+            fd = open_folder_at("outbox", self._folder_fd)
+        except OSError:
+            return 0
+        try:
+            return len(os.listdir(fd))
+        finally:
+            os.close(fd)
 
 
 def _round_up(offset: int) -> int:

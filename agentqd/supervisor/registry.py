@@ -20,10 +20,10 @@ import os
 from collections.abc import Callable
 
 from agentqd.core.limits import LEFT_BEHIND_NAMED_MAX
-from agentqd.supervisor.attempts import Attempt, StartFailed
+from agentqd.supervisor.attempts import Attempt, StartError
 from agentqd.supervisor.context import Context
 from agentqd.supervisor.exitfile import read_exit, write_exit
-from agentqd.supervisor.folder import AlreadyStarted, AttemptFolder, check_name, read_started
+from agentqd.supervisor.folder import AlreadyStartedError, AttemptFolder, check_name, read_started
 from agentqd.supervisor.limits import DEFERRED_RUNS_MAX, EXIT_FILE_RETRY_S
 from agentqd.supervisor.wire import Clocks, Exited, Run, Running
 
@@ -93,10 +93,12 @@ class Registry:
             self._tell_again(task, number)
 
     def end(self, task: str, number: int, intent: str, after_s: float) -> None:
-        self._deferred.pop((task, number), None)
+        waiting = self._deferred.pop((task, number), None)
         attempt = self._running.get((task, number))
         if attempt is not None:
             attempt.end_later(intent, after_s)
+        elif waiting is not None:
+            self._context.tell(self._not_run(waiting[0], f"not started: {intent} while survivors were ended"))
         else:
             self._tell_again(task, number)
 
@@ -124,9 +126,9 @@ class Registry:
         try:
             check_name(run.task, run.attempt, run.folder, self._context.state_folder)
             attempt = Attempt(self._context, run, received_s, self._over)
-        except AlreadyStarted as found:
+        except AlreadyStartedError as found:
             self._context.tell(self._started_before(run, found.folder_fd))
-        except StartFailed as problem:
+        except StartError as problem:
             self._failed(run, str(problem), problem.folder)
         except ValueError as problem:
             self._failed(run, str(problem), None)

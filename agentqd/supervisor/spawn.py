@@ -17,7 +17,7 @@ from collections.abc import Mapping
 _RESET = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 
 
-class SpawnFailed(Exception):
+class SpawnError(Exception):
     """The program could not be started; the text says what and where, with no argument but argv[0]."""
 
 
@@ -35,17 +35,17 @@ def seal_descriptors() -> None:
 def spawn(
     argv: list[str], env: Mapping[str, str], cwd: str | int, stdin_fd: int, stdout_fd: int, stderr_fd: int
 ) -> int:
-    """The pid of the new process; its program runs when this returns. Raises SpawnFailed.
+    """The pid of the new process; its program runs when this returns. Raises SpawnError.
 
     `cwd` is a path or a folder's descriptor. A name without a slash is looked up in the PATH of `env`.
     """
     if not argv or not argv[0]:
-        raise SpawnFailed("cannot run an empty command")
+        raise SpawnError("cannot run an empty command")
     try:
         os.chdir(cwd)
     except (OSError, ValueError) as problem:
         where = cwd if isinstance(cwd, str) else "its own work folder"
-        raise SpawnFailed(f"cannot enter the working directory {where}: {_why(problem)}") from problem
+        raise SpawnError(f"cannot enter the working directory {where}: {_why(problem)}") from problem
     try:
         return os.posix_spawn(
             _find(argv[0], env),
@@ -62,7 +62,7 @@ def spawn(
         )
     except (OSError, ValueError) as problem:
         where = cwd if isinstance(cwd, str) else "its own work folder"
-        raise SpawnFailed(f"cannot run {argv[0]!r} in {where}: {_why(problem)}") from problem
+        raise SpawnError(f"cannot run {argv[0]!r} in {where}: {_why(problem)}") from problem
     finally:
         os.chdir("/")
 

@@ -8,7 +8,7 @@ Invariants:
    orphan is the worker's, its tree is gone. In the normal case that costs one read of one small file.
 3. An orphan is attributed, in this order, by: an earlier attribution; the session or group of a main process; the marker
    in its environment; a session or identity seen in the tree before; being possible for one living owner only (those
-   that started before it). Attributed once, attributed for good.
+   that started before it). Attributed once, attributed for good, except for the last, which is asked anew each time.
 4. An orphan that two living owners could have made is left alone until one of them is gone; one that no living owner
    could have made is a stray and may be ended.
 """
@@ -61,7 +61,11 @@ class Trees:
         self._owners: dict[int, Owner] = {}
         self._by_key: dict[Key, Owner] = {}
         self._attributed: dict[tuple[int, int], Owner] = {}
+        self.unclear: dict[tuple[int, int], Process] = {}  # claimable by more than one owner; for the log
         self._children_fd = _open_children(self._own_pid)
+        # As process 1 of a container we inherit orphans that no worker made: nothing is concluded by elimination.
+        self._may_eliminate = self._own_pid != 1
+        self._foreign = set(self._own_children())  # children from before our exec, if any; never touched
 
     def add(self, owner: Owner) -> None:
         assert owner.pid not in self._owners
@@ -78,7 +82,8 @@ class Trees:
         children = self._own_children()
         if len(children) <= len(self._owners):
             return []  # every owner's main process is a child until it is reaped, so these are all of them
-        return [pid for pid in children if pid not in self._owners and not _reap(pid)]
+        living = [pid for pid in children if pid not in self._owners and not self._reap(pid)]
+        return [pid for pid in living if pid not in self._foreign]
 
     def members(self, owner: Owner) -> list[Process]:
         """Every living process of this tree; without the main process once that has ended."""
@@ -90,29 +95,26 @@ class Trees:
             process = read_process(pid)
             if process is not None and self._owner_of(process)[0] is owner:
                 roots.append(pid)
-                self._attributed[process.identity] = owner
         found = _with_descendants(roots)
         owner.seen.update(process.identity for process in found)
         owner.sessions.update({process.pid for process in found if process.pid == process.session})
         return found
 
-    def strays(self) -> tuple[list[Process], list[Process]]:
-        """Orphans (that no living owner can have made, that more than one could have made)."""
-        strays, unclear = [], []
+    def strays(self) -> list[Process]:
+        """Orphans that no living owner can have made."""
+        strays = []
         for pid in self.orphans():
             process = read_process(pid)
-            if process is None:
-                continue
-            owner, possible = self._owner_of(process)
-            if owner is None:
-                (unclear if possible else strays).append(process)
-        return strays, unclear
+            if process is not None and self._owner_of(process) == (None, False):
+                strays.append(process)
+        return strays
 
     def forget_gone(self) -> None:
-        """Drop attributions of processes that are no longer our children."""
-        if self._attributed:
+        """Drop what is remembered of processes that are no longer our children."""
+        if self._attributed or self.unclear:
             alive = set(self._own_children())
             self._attributed = {who: owner for who, owner in self._attributed.items() if who[0] in alive}
+            self.unclear = {who: process for who, process in self.unclear.items() if who[0] in alive}
 
     def signal(self, owner: Owner, number: int, members: Iterable[Process]) -> None:
         """One signal to every process: the main's group in one atomic go, then each one outside it."""
@@ -141,22 +143,40 @@ class Trees:
         if owner is not None and self._owners.get(owner.pid) is owner:
             return owner, True
         owner = self._owners.get(process.session) or self._owners.get(process.group)
-        if owner is not None:
-            return owner, True
-        key = self._marked_key(process.pid)
-        if key is not None:
-            owner = self._by_key.get(key)
-            return owner, owner is not None
-        return self._owner_without_marker(process)
+        if owner is None:
+            key = self._marked_key(process.pid)
+            if key is not None and key not in self._by_key:
+                return None, False
+            owner = self._by_key[key] if key is not None else self._owner_by_history(process)
+        if owner is None:
+            return self._owner_by_elimination(process)
+        self._attributed[process.identity] = owner
+        return owner, True
 
-    def _owner_without_marker(self, process: Process) -> tuple[Owner | None, bool]:
-        possible = [owner for owner in self._owners.values() if owner.start <= process.start]
-        for owner in possible:
+    def _owner_by_history(self, process: Process) -> Owner | None:
+        for owner in self._owners.values():
             if process.identity in owner.seen or process.session in owner.sessions:
-                return owner, True
-        if len(possible) == 1:
+                return owner
+        return None
+
+    def _owner_by_elimination(self, process: Process) -> tuple[Owner | None, bool]:
+        """Not remembered: whoever is the only possible one today may not have been yesterday."""
+        possible = [owner for owner in self._owners.values() if owner.start <= process.start]
+        if len(possible) == 1 and self._may_eliminate:
             return possible[0], True
-        return None, bool(possible)
+        if possible:
+            self.unclear[process.identity] = process
+        return None, bool(possible) or not self._may_eliminate
+
+    def _reap(self, pid: int) -> bool:
+        """Reap exactly this child if it is dead. True if it is gone."""
+        try:
+            gone = os.waitpid(pid, os.WNOHANG)[0] == pid
+        except ChildProcessError:
+            gone = True
+        if gone:
+            self._foreign.discard(pid)
+        return gone
 
     def _marked_key(self, pid: int) -> Key | None:
         environment = environment_of(pid)
@@ -201,14 +221,6 @@ def _read_whole(fd: int) -> bytes:
     while part := os.pread(fd, 65536, len(content)):
         content += part
     return content
-
-
-def _reap(pid: int) -> bool:
-    """Reap exactly this child if it is dead. True if it is gone."""
-    try:
-        return os.waitpid(pid, os.WNOHANG)[0] == pid
-    except ChildProcessError:
-        return True
 
 
 def _open_children(pid: int) -> int | None:

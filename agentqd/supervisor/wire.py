@@ -136,7 +136,9 @@ class Exited(msgspec.Struct, frozen=True, tag="exited", omit_defaults=True):
     ended_at: int = 0
     exit_code: int | None = None
     signal: int | None = None
-    intent: str | None = None  # why WE ended it: run_timeout, total_timeout, first_output_timeout, silence_timeout, cancelled, result_grace, ...
+    intent: str | None = (
+        None  # why WE ended it: run_timeout, total_timeout, first_output_timeout, silence_timeout, cancelled, result_grace, ...
+    )
     error: str | None = None  # spawn failed: what and where
     stdout_bytes: int = 0
     stderr_bytes: int = 0
@@ -208,8 +210,8 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
 Report = Welcome | Refuse | Running | Exited | Ending | Stuck | ExecEnded | SurvivorsGone | Pong
 
 _encoder = msgspec.json.Encoder()
-_request_decoder = msgspec.json.Decoder(Request)
-_report_decoder = msgspec.json.Decoder(Report)
+_request_decoder: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
+_report_decoder: msgspec.json.Decoder[Report] = msgspec.json.Decoder(Report)
 
 
 def encode(message: Request | Report) -> bytes:

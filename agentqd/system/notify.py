@@ -31,6 +31,11 @@ class Notifier:
     def from_environment(cls, env: Mapping[str, str]) -> Notifier:
         return cls(env.get("NOTIFY_SOCKET"))
 
+    @property
+    def on(self) -> bool:
+        """Is a service manager listening?"""
+        return self._socket is not None
+
     def send(self, *fields: str) -> bool:
         """One datagram with these KEY=VALUE lines. True if the manager's socket took it."""
         if self._socket is None:
@@ -40,6 +45,12 @@ class Notifier:
         except OSError:
             return False
         return True
+
+    def close(self) -> None:
+        """Nothing more will be said."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
     def ready(self, status: str = "") -> bool:
         return self.send("READY=1", *([f"STATUS={status}"] if status else []))

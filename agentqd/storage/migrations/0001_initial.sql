@@ -39,7 +39,7 @@ CREATE INDEX tasks_finished ON tasks (finished_at) WHERE state = 'finished';
 -- The newest task under an id whose dedup time had passed (`X` -> `X-2`).
 CREATE TABLE ids (
     id       TEXT PRIMARY KEY,
-    task_seq INTEGER NOT NULL,
+    newest   TEXT NOT NULL,
     replays  INTEGER NOT NULL
 ) WITHOUT ROWID;
 

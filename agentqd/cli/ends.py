@@ -1,0 +1,52 @@
+"""How a task's end is waited for and told; shared by `submit --wait`, `submit --follow`, `wait` and `logs -f`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agentqd.cli.outcome import outcome
+from agentqd.cli.verb import Call
+from agentqd.client.logs import LogReader
+from agentqd.client.patience import Patience
+from agentqd.client.tasks import exit_code_of, wait_for
+from agentqd.core.errors import AgentqError
+
+
+def say_end(call: Call, end: dict[str, Any]) -> None:
+    """One line: id, result or state, reason."""
+    parts = [str(end.get("id")), outcome(end)]
+    if not end.get("finished"):
+        parts.append("not finished in time")
+    call.out.line("  ".join(parts))
+
+
+def log_reader(call: Call, task_id: str, stream: str) -> LogReader:
+    def write(data: bytes) -> None:
+        call.out.raw(data)
+        call.out.flush()
+
+    return LogReader(call.box, task_id, stream, write=write, note=call.out.note)
+
+
+def follow_to_the_end(call: Call, task_id: str, *, may_be_unread: bool) -> int:
+    """The worker's stdout as it comes, then the exit code of its end."""
+    if may_be_unread:
+        _until_known(call, task_id)
+    log_reader(call, task_id, "stdout").follow(None)
+    end = wait_for(call.box, task_id)
+    call.out.note(f"{task_id}  {outcome(end)}")
+    return exit_code_of(end)
+
+
+def _until_known(call: Call, task_id: str) -> None:
+    """A line in the queue file becomes a task when the daemon has read it."""
+    patience = Patience(call.box.reconnect_s)
+    while True:
+        try:
+            call.box.connection.get("tasks", task_id)
+        except AgentqError as error:
+            if error.code not in ("no_such_task", "unreachable", "answer_lost"):
+                raise
+            patience.bear(error)
+        else:
+            return

@@ -1,0 +1,125 @@
+"""What all verbs share: `--json`, the options that say which daemon, and the `Call` that a verb's function gets."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from agentqd.cli.output import Output
+from agentqd.client.box import Box, Where, local_box
+
+WHERE_OPTIONS = ("socket", "state_dir", "runtime_dir")
+
+
+class Call:
+    """One run of one verb."""
+
+    def __init__(self, where: Where, *, as_json: bool) -> None:
+        self.where = where
+        self.out = Output(as_json=as_json)
+        self.as_json = as_json
+        self._box: Box | None = None
+
+    @property
+    def box(self) -> Box:
+        """The daemon that this command is for; made at first use, reached at the first call."""
+        if self._box is None:
+            self._box = local_box(self.where, os.environ, os.getuid())
+        return self._box
+
+
+class Verb(click.Command):
+    """A command whose function gets a `Call` first. Its return value is the exit code (None: 0)."""
+
+    takes_json = True
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        if self.takes_json:
+            self.params.append(
+                click.Option(["--json", "as_json"], is_flag=True, help="JSON on stdout, errors too.")
+            )
+        self.params += where_options(hidden=True)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        gc.enable()
+        said = {name: ctx.params.pop(name) for name in WHERE_OPTIONS}
+        outer = ctx.find_root().params
+        where = Where(**{name: said[name] or outer.get(name) for name in WHERE_OPTIONS})
+        ctx.params["call"] = Call(where, as_json=bool(ctx.params.pop("as_json", False)))
+        return super().invoke(ctx)
+
+
+class PlainVerb(Verb):
+    """One without --json (its output is a script, or bytes)."""
+
+    takes_json = False
+
+
+def where_options(*, hidden: bool) -> list[click.Parameter]:
+    """Which daemon. Shown in the help of `agentqctl` itself, understood after every verb too."""
+    return [
+        click.Option(
+            ["--socket"], metavar="PATH", hidden=hidden, help="The daemon's control socket (AGENTQD_SOCKET)."
+        ),
+        click.Option(
+            ["--state-dir"], metavar="DIR", hidden=hidden, help="Its state folder (AGENTQD_STATE_DIR)."
+        ),
+        click.Option(
+            ["--runtime-dir"], metavar="DIR", hidden=hidden, help="Its runtime folder (AGENTQD_RUNTIME_DIR)."
+        ),
+    ]
+
+
+class Family(click.Group):
+    """A verb with verbs of its own (`outbox list`). Without one it runs the first, if `default` names it."""
+
+    def __init__(self, *args: Any, default: str | None = None, **settings: Any) -> None:
+        settings.setdefault("no_args_is_help", default is None)
+        settings["invoke_without_command"] = default is not None
+        super().__init__(*args, **settings)
+        self._default = default
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        bare = not args or (args[0].startswith("-") and args[0] not in ("--help", "-h"))
+        if self._default is not None and bare:
+            args = [self._default, *args]
+        return super().parse_args(ctx, args)
+
+
+class TaskId(click.types.StringParamType):
+    """A task's id; the shell completes the newest ones."""
+
+    name = "id"
+
+    def shell_complete(
+        self,
+        ctx: click.Context,
+        param: click.Parameter,  # noqa: ARG002 - click's signature
+        incomplete: str,
+    ) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        outer = ctx.find_root().params
+        box = local_box(Where(**{name: outer.get(name) for name in WHERE_OPTIONS}), os.environ, os.getuid())
+        box.connection.timeout_s = 2.0
+        try:
+            tasks = box.connection.get("tasks", query={"limit": 200})["tasks"]
+        except Exception:  # noqa: BLE001 - pressing Tab never fails: no daemon, no proposals
+            return []
+        return [
+            CompletionItem(task["id"], help=task["task"])
+            for task in tasks
+            if task["id"].startswith(incomplete)
+        ]
+
+
+def verb(
+    name: str, *, as_json: bool = True, **settings: Any
+) -> Callable[[Callable[..., Any]], click.Command]:
+    """`@verb("list")`: the command of a file in `verbs/`."""
+    return click.command(name, cls=Verb if as_json else PlainVerb, **settings)

@@ -1,0 +1,15 @@
+"""`agentqctl retry`: a new run of finished tasks."""
+
+from __future__ import annotations
+
+import click
+
+from agentqd.cli.actions import act_on_tasks
+from agentqd.cli.verb import Call, TaskId, verb
+
+
+@verb("retry")
+@click.argument("ids", nargs=-1, required=True, metavar="ID...", type=TaskId())
+def command(call: Call, ids: tuple[str, ...]) -> int:
+    """Run finished tasks again: a new run with a new result; nothing delivered is sent again."""
+    return act_on_tasks(call, ids, "retry")

@@ -1,0 +1,20 @@
+"""`agentqctl show`: one task, on one timeline from its line to its delivery."""
+
+from __future__ import annotations
+
+import click
+
+from agentqd.cli.taskpage import draw_task
+from agentqd.cli.verb import Call, TaskId, verb
+
+
+@verb("show")
+@click.argument("task_id", metavar="ID", type=TaskId())
+def command(call: Call, task_id: str) -> int:
+    """One task from its line to its delivery: what was asked, each attempt, each event, each receiver."""
+    shown = call.box.connection.get("tasks", task_id)
+    if call.as_json:
+        call.out.json(shown)
+    else:
+        draw_task(call.out, shown)
+    return 0

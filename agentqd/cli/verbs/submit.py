@@ -1,0 +1,229 @@
+"""`agentqctl submit`: one task, from a prompt or an argv."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from agentqd.cli.ends import follow_to_the_end, say_end
+from agentqd.cli.verb import Call, verb
+from agentqd.client.ids import check_text, name_from, new_task_id, now_text
+from agentqd.client.tasks import exit_code_of, submit_task, wait_for
+from agentqd.core.errors import InvalidTask
+from agentqd.core.limits import MIB
+
+PROMPT_BYTES_MAX = 48 * MIB  # a request of the control socket is at most 64 MiB, and JSON makes text longer
+
+# Options that go into the task's field of the same name, as they were written: the daemon knows what they mean.
+PLAIN_FIELDS = (
+    "runner", "queue", "priority", "not_before", "expires_at", "after_policy", "run_timeout", "total_timeout",
+    "queue_timeout", "first_output_timeout", "silence_timeout", "kill_grace", "max_attempts", "on_lost", "on_conflict",
+    "deliver_within", "dedup_ttl",
+)  # fmt: skip
+
+
+Function = Callable[..., Any]
+
+
+def _option(name: str, metavar: str, text: str, **settings: Any) -> Callable[[Function], Function]:
+    return click.option(name, metavar=metavar, help=text, **settings)
+
+
+@verb("submit", context_settings={"ignore_unknown_options": False})
+@click.argument("words", nargs=-1, metavar="[PROMPT | --command -- ARGV...]", type=click.UNPROCESSED)
+@_option("--prompt-file", "FILE|-", "The prompt from a file, or from stdin.")
+@click.option("--command", "is_command", is_flag=True, help="What follows -- is an argv, run as it stands.")
+@_option("--task", "NAME", "Its name; otherwise the first words.")
+@_option("--id", "ID", "Its dedup key; otherwise a new one.", default=None)
+@_option("--writes", "PATH", "What it will write; again for more.", multiple=True)
+@_option("--runner", "NAME", "Who runs it.")
+@_option("--queue", "NAME", "Where it waits.")
+@_option("--priority", "N", "Higher goes first.", type=int)
+@_option("--label", "TEXT", "Again for more.", multiple=True)
+@_option("--workdir", "DIR", "The worker's current folder.")
+@_option("--env", "NAME=VALUE", "Again for more.", multiple=True)
+@_option("--timeout", "TIME", "Of one attempt: 45m, 10s (also --run-timeout).")
+@click.option("--run-timeout", hidden=True)
+@_option("--total-timeout", "TIME", "Of everything, from acceptance.")
+@_option("--queue-timeout", "TIME", "Waiting longer alerts.")
+@_option("--silence-timeout", "TIME", "Without output for so long, it is ended.")
+@_option("--first-output-timeout", "TIME", "The same, for the first output.")
+@_option("--kill-grace", "TIME", "From SIGTERM to SIGKILL.")
+@_option("--max-attempts", "N", "Attempts in all.", type=int)
+@_option("--backoff", "TIME[,TIME]...", "Between attempts: one doubles, several are the schedule.")
+@_option(
+    "--on-lost",
+    "fail|requeue|hold",
+    "When its worker is lost.",
+    type=click.Choice(["fail", "requeue", "hold"]),
+)
+@_option(
+    "--on-conflict",
+    "refuse|queue|warn",
+    "When --writes overlap.",
+    type=click.Choice(["refuse", "queue", "warn"]),
+)
+@_option("--not-before", "TIME", "Start time, RFC 3339.")
+@_option("--expires-at", "TIME", "Not started by then: expired.")
+@_option("--after", "ID", "Waits for that task; again for more.", multiple=True)
+@_option(
+    "--after-policy",
+    "success|any|failure",
+    "How it must have ended.",
+    type=click.Choice(["success", "any", "failure"]),
+)
+@_option("--deliver-to", "SINK", "Again for more.", multiple=True)
+@_option("--deliver-within", "TIME", "Not delivered by then: an alert.")
+@_option("--dedup-ttl", "TIME", "How long its id stays taken after its end.")
+@_option("--expect-file", "PATH", "Must be there at the end; again for more.", multiple=True)
+@click.option("--allow-no-work", is_flag=True, help="Nothing to show is a success too.")
+@click.option("--wait", "wait", is_flag=True, help="Wait for its end; exit as it did.")
+@click.option("--follow", is_flag=True, help="The same, with its output on stdout.")
+def command(call: Call, wait: bool, follow: bool, **said: Any) -> int:
+    """Hand over a task. Returns once it is durable.
+
+    Without a daemon it is appended to the queue file, and read when the daemon starts.
+    """
+    if follow and call.as_json:
+        raise click.UsageError("--follow prints the worker's output; it does not go with --json")
+    fields = task_fields(said, os.getcwd())
+    answer = submit_task(call.box, fields)
+    unread = answer.get("where") != "accepted"
+    if not call.as_json:
+        _say(call, answer, to_stderr=follow)
+    if follow:
+        call.out.flush()
+        return follow_to_the_end(call, fields["id"], may_be_unread=unread)
+    if not wait:
+        if call.as_json:
+            call.out.json(answer)
+        return 0
+    call.out.flush()
+    end = wait_for(call.box, str(answer.get("task_id")), may_be_unread=unread)
+    if call.as_json:
+        call.out.json({**answer, **{name: value for name, value in end.items() if name != "id"}})
+    else:
+        say_end(call, end)
+    return exit_code_of(end)
+
+
+def task_fields(said: dict[str, Any], cwd: str) -> dict[str, Any]:
+    """The task object from the command line; it always has an id, a name and a time. Raises UsageError, InvalidTask."""
+    fields: dict[str, Any] = {}
+    words = [check_text("prompt", word) for word in said["words"]]
+    if said["is_command"]:
+        if said["prompt_file"]:
+            raise click.UsageError("--command and --prompt-file: give one")
+        if not words:
+            raise click.UsageError("--command needs an argv: agentqctl submit --command -- make test")
+        fields["command"] = words
+    else:
+        fields["prompt"] = _prompt(words, said["prompt_file"])
+    fields["task"] = check_text("task", said["task"] or name_from(fields.get("prompt") or " ".join(words)))
+    fields["id"] = said["id"] if said["id"] is not None else new_task_id()
+    fields["submitted_at"] = now_text()
+    if said["timeout"] and said["run_timeout"] and said["timeout"] != said["run_timeout"]:
+        raise click.UsageError("--timeout is another name of --run-timeout; give one")
+    said = {**said, "run_timeout": said["timeout"] or said["run_timeout"]}
+    fields |= {name: said[name] for name in PLAIN_FIELDS if said[name] is not None}
+    fields |= _places(said, cwd)
+    fields |= _lists(said)
+    return fields
+
+
+def _prompt(words: list[str], prompt_file: str | None) -> str:
+    if prompt_file and words:
+        raise click.UsageError("a prompt and --prompt-file: give one")
+    if len(words) > 1:
+        raise click.UsageError(
+            "the prompt is one argument: put it in quotes (an argv goes after --command --)"
+        )
+    if prompt_file is None and not words:
+        raise click.UsageError(
+            "nothing to do: give a PROMPT, --prompt-file FILE (- for stdin), or --command -- ARGV"
+        )
+    source = prompt_file or ("-" if words == ["-"] else None)
+    return words[0] if source is None else _read_prompt(source)
+
+
+def _read_prompt(source: str) -> str:
+    try:
+        if source == "-":
+            raw = sys.stdin.buffer.read(PROMPT_BYTES_MAX + 1)
+        else:
+            with open(source, "rb") as file:
+                raw = file.read(PROMPT_BYTES_MAX + 1)
+    except OSError as error:
+        raise InvalidTask(
+            f"--prompt-file {source}: {error.strerror}", code="prompt_missing", field="prompt"
+        ) from None
+    if len(raw) > PROMPT_BYTES_MAX:
+        raise InvalidTask(
+            f"the prompt is larger than {PROMPT_BYTES_MAX} bytes", code="too_large", field="prompt"
+        )
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidTask(
+            f"the prompt is not UTF-8 at byte {error.start}", code="invalid_utf8", field="prompt"
+        ) from None
+
+
+def _places(said: dict[str, Any], cwd: str) -> dict[str, Any]:
+    """Paths, made absolute from the caller's folder (writes: from the workdir, if there is one)."""
+    found: dict[str, Any] = {}
+    base = cwd
+    if said["workdir"]:
+        base = found["workdir"] = check_text(
+            "workdir", os.path.join(cwd, os.path.expanduser(said["workdir"]))
+        )
+    if said["writes"]:
+        found["writes_to"] = [
+            check_text("writes", os.path.join(base, path)) if path else path for path in said["writes"]
+        ]
+    return found
+
+
+def _lists(said: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for option, field in (("label", "labels"), ("after", "after"), ("deliver_to", "deliver_to")):
+        if said[option]:
+            found[field] = [check_text(field, item) for item in said[option]]
+    if said["env"]:
+        found["env"] = dict(_variable(item) for item in said["env"])
+    if said["backoff"]:
+        steps = said["backoff"].split(",")
+        found["backoff"] = steps if len(steps) > 1 else steps[0]
+    expect: dict[str, Any] = {}
+    if said["expect_file"]:
+        expect["files"] = list(said["expect_file"])
+    if said["allow_no_work"]:
+        expect["allow_no_work"] = True
+    return {**found, "expect": expect} if expect else found
+
+
+def _variable(item: str) -> tuple[str, str]:
+    name, equals, value = item.partition("=")
+    if not equals or not name:
+        raise click.UsageError(f"--env takes NAME=VALUE, not {item.partition('=')[0]!r}")
+    return name, check_text("env", value)
+
+
+def _say(call: Call, answer: dict[str, Any], *, to_stderr: bool) -> None:
+    task_id = str(answer.get("task_id"))
+    if to_stderr:
+        call.out.note(task_id)
+    else:
+        call.out.line(task_id)
+    if answer.get("where") == "queue_file":
+        call.out.note(f"agentqd does not answer: appended to {answer.get('queue_file')}, read when it runs")
+    elif answer.get("duplicate"):
+        call.out.note(
+            f"a duplicate: this task was taken before and is {answer.get('result') or answer.get('state')}"
+        )
+    elif call.out.is_terminal:
+        call.out.note(f"{answer.get('state')}; see: agentqctl show {task_id}")

@@ -1,0 +1,309 @@
+"""The door: what one written task becomes. The same code for a line of the queue file and for a submit over the socket.
+
+Promises:
+1. Every candidate ends in exactly one of: a new task; a duplicate of the first (an event on it); a refusal.
+2. `admit` decides inside the transaction that makes it durable, so that two doors cannot both take one id.
+3. An id whose dedup time has passed starts a new task, `-2` appended; the id of a refused task is free again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+
+from agentqd.core.errors import IdConflict, InvalidTask
+from agentqd.core.lifecycle import Event, Result, State
+from agentqd.core.limits import TASK_ID_CHARS_MAX
+from agentqd.core.outbox import OPEN_STATES
+from agentqd.core.resolve import placement, resolve
+from agentqd.core.routing import known_sink
+from agentqd.core.settings import Settings
+from agentqd.core.task import TaskRequest, content_digest, derived_id, prompt_digest, read_task
+from agentqd.core.units import parse_time_us
+from agentqd.core.waking import next_wake_us, wake_times
+from agentqd.loops.box import Box
+from agentqd.storage import tasks as store
+from agentqd.storage.prompts import Missing, read_prompt
+from agentqd.storage.tasks import NewTask, TaskRow
+from agentqd.storage.transaction import Transaction
+
+PROMPT_LOOK_AGAIN_US: Final = 1_000_000
+
+
+class Candidate(msgspec.Struct):
+    """A checked task on its way in."""
+
+    request: TaskRequest
+    new: NewTask
+    checks_content: bool  # an explicit id: another content under it is an id_conflict
+    missing_prompt: str | None = None
+
+
+class Accepted(msgspec.Struct, frozen=True):
+    task_id: str
+    seq: int
+    state: State
+
+
+class Duplicate(msgspec.Struct, frozen=True):
+    task_id: str
+    state: State
+    result: str | None
+
+
+Outcome = Accepted | Duplicate | InvalidTask
+
+
+def prepare(raw: bytes, source: dict[str, Any], place: bytes, box: Box) -> Candidate:
+    """Check one written task against the rules and the newest settings. Raises InvalidTask.
+
+    `place` identifies the line in its file (for tasks that bring no id and no submitted_at).
+    """
+    request = read_task(raw)
+    settings = box.settings
+    where = placement(request, settings)
+    _check_names(request, settings)
+    if request.command is not None and not _allows_command(settings, where.runner):
+        raise InvalidTask(
+            f"command: the runner {where.runner} does not take one; use the runner command, or set allow_command",
+            code="command_not_allowed",
+            field="command",
+        )
+    now = box.clock.now_us()
+    prompt, missing = _prompt(request, box)
+    event, wake = _first_event(request, where.queue, where.runner, settings, now)
+    reason = None
+    if missing is not None:
+        event, reason, wake = Event.ACCEPTED_BLOCKED, "prompt_missing", now + PROMPT_LOOK_AGAIN_US
+    task_id, checks = _identity(request, raw, place)
+    content = content_digest(request, prompt_digest(prompt) if prompt is not None else None) if checks else b""
+    return Candidate(
+        request=request,
+        new=NewTask(
+            id=task_id,
+            name=request.task,
+            queue=where.queue,
+            runner=where.runner,
+            priority=where.priority,
+            event=event,
+            reason=reason,
+            submitted_at=request.submitted_at,
+            wake_at=wake,
+            content=content,
+            source=msgspec.json.encode(source).decode(),
+            spec=raw,
+            prompt=prompt,
+        ),
+        checks_content=checks,
+        missing_prompt=missing,
+    )
+
+
+def _identity(request: TaskRequest, raw: bytes, place: bytes) -> tuple[str, bool]:
+    if request.id is not None:
+        return request.id, True
+    if request.submitted_at is not None:
+        written = request.submitted_at.encode("utf-8", "surrogatepass")
+        reference = (request.prompt_ref or "").encode("utf-8", "surrogatepass")
+        return derived_id(b"content", content_digest(request, None), written, reference), False
+    return derived_id(b"place", place, hashlib.sha256(raw).digest()), False
+
+
+def _prompt(request: TaskRequest, box: Box) -> tuple[bytes | None, str | None]:
+    """(content, None), (None, the path that is missing) or (None, None)."""
+    if request.prompt_ref is None:
+        return None, None
+    found = read_prompt(request.prompt_ref, prompt_roots(box), box.settings.limits.prompt_bytes_max)
+    return (None, found.path) if isinstance(found, Missing) else (found, None)
+
+
+def prompt_roots(box: Box) -> list[str]:
+    return [box.folders.prompts, *box.settings.limits.prompt_roots]
+
+
+def _first_event(
+    request: TaskRequest, queue: str, runner: str, settings: Settings, now: int
+) -> tuple[Event, int | None]:
+    simple = request.not_before is None and request.expires_at is None
+    if simple and request.total_timeout is None and request.queue_timeout is None and not _default_clocks(settings):
+        return Event.ACCEPTED, None
+    times = wake_times(request, resolve(request, queue, runner, settings), now)
+    wake = next_wake_us(times, now)
+    if request.expires_at is not None and parse_time_us(request.expires_at) <= now:
+        wake = now  # looked at at once, and ended as expired: a task, not a rejection
+        return Event.ACCEPTED_BLOCKED, wake
+    if request.not_before is not None and parse_time_us(request.not_before) > now:
+        return Event.ACCEPTED_FOR_LATER, wake
+    return Event.ACCEPTED, wake
+
+
+def _default_clocks(settings: Settings) -> bool:
+    """Does any layer of the config give waiting tasks a clock?"""
+    layers = [settings.defaults, *(queue.defaults for queue in settings.queues.values())]
+    layers += [runner.defaults for runner in settings.runners.values()]
+    return any(layer.total_timeout is not None or layer.queue_timeout is not None for layer in layers)
+
+
+def _check_names(request: TaskRequest, settings: Settings) -> None:
+    for name in request.deliver_to or ():
+        if not known_sink(settings, name):
+            raise InvalidTask(
+                f"deliver_to: there is no sink {name[:64]!r}; there is {', '.join(sorted({'completions', *settings.sinks}))}",
+                code="unknown_sink",
+                field="deliver_to",
+            )
+
+
+def _allows_command(settings: Settings, runner: str) -> bool:
+    options = settings.runners.get(runner)
+    if options is not None and options.allow_command is not None:
+        return options.allow_command
+    preset = (options.preset if options is not None else None) or runner
+    return preset == "command"
+
+
+def admit(tx: Transaction, box: Box, candidates: Sequence[Candidate | InvalidTask]) -> list[Outcome]:
+    """Decide and record, in order. Refusals are returned as they are: what is told of them is the door's business."""
+    ids = [item.new.id for item in candidates if isinstance(item, Candidate)]
+    known = store.find_many(tx, ids)
+    outcomes: list[Outcome] = []
+    fresh: list[tuple[int, NewTask]] = []
+    inside: dict[str, Candidate] = {}
+    for item in candidates:
+        if isinstance(item, InvalidTask):
+            outcomes.append(item)
+            continue
+        existing = known.get(item.new.id)
+        newest = item.new.id if existing is None else _newest_replay(tx, item.new.id)
+        if newest in inside:
+            outcomes.append(_twice_in_batch(tx, item, inside[newest]))
+            continue
+        if newest != item.new.id:
+            existing = store.find(tx, newest) or existing
+        outcome = None if existing is None else _meet(tx, box, item, existing)
+        if outcome is None:
+            inside[item.new.id] = item
+            fresh.append((len(outcomes), item.new))
+            outcome = Accepted(item.new.id, 0, State.QUEUED)
+        outcomes.append(outcome)
+    seqs = store.insert_tasks(tx, [new for _, new in fresh])
+    for (at, new), seq in zip(fresh, seqs, strict=True):
+        outcomes[at] = Accepted(new.id, seq, _state_after(new.event))
+    return outcomes
+
+
+def _state_after(event: Event) -> State:
+    return {Event.ACCEPTED_FOR_LATER: State.SCHEDULED, Event.ACCEPTED_BLOCKED: State.BLOCKED}.get(event, State.QUEUED)
+
+
+def _twice_in_batch(tx: Transaction, item: Candidate, first: Candidate) -> Outcome:
+    if item.checks_content and item.new.content != first.new.content:
+        return _conflict(item)
+    tx.event_json(first.new.id, "duplicate_submitted", item.new.source)
+    return Duplicate(first.new.id, _state_after(first.new.event), None)
+
+
+def _conflict(item: Candidate) -> IdConflict:
+    return IdConflict(
+        f"id: {item.new.id} is taken by a task with other content; use another id, or none", field="id", id=item.new.id
+    )
+
+
+def _meet(tx: Transaction, box: Box, item: Candidate, first: TaskRow) -> Outcome | None:
+    """What a candidate becomes whose id is known. None: a new task after all (its id may have changed)."""
+    if first.state is State.FINISHED and first.result == Result.REFUSED:
+        return _take_over(tx, item, first)
+    if first.state is State.FINISHED and _dedup_over(tx, box, first):
+        item.new.id = _next_id(tx, item.new.id)
+        return None
+    if item.checks_content and item.new.content != first.content and not _same_without_prompt(item, first):
+        return _conflict(item)
+    tx.event_json(first.id, "duplicate_submitted", item.new.source)
+    return Duplicate(first.id, first.state, first.result)
+
+
+def _same_without_prompt(item: Candidate, first: TaskRow) -> bool:
+    """One of the two still waits for its prompt file: then only what is written can be compared."""
+    if item.request.prompt_ref is None or (item.missing_prompt is None and first.reason != "prompt_missing"):
+        return False
+    return first.reason == "prompt_missing" and content_digest(item.request, None) == first.content
+
+
+def _newest_replay(tx: Transaction, base: str) -> str:
+    row = tx.one("SELECT newest FROM ids WHERE id = ?", (base,))
+    return base if row is None else str(row[0])
+
+
+def _next_id(tx: Transaction, base: str) -> str:
+    row = tx.one("SELECT replays FROM ids WHERE id = ?", (base,))
+    replays = (row[0] if row else 1) + 1
+    while store.find(tx, newest := _suffixed(base, replays)) is not None:
+        replays += 1
+    tx.execute(
+        "INSERT INTO ids (id, newest, replays) VALUES (?, ?, ?)"
+        " ON CONFLICT DO UPDATE SET newest = excluded.newest, replays = excluded.replays",
+        (base, newest, replays),
+    )
+    return newest
+
+
+def _suffixed(base: str, replays: int) -> str:
+    suffix = f"-{replays}"
+    return base[: TASK_ID_CHARS_MAX - len(suffix)] + suffix
+
+
+def _dedup_over(tx: Transaction, box: Box, first: TaskRow) -> bool:
+    """Counted from the task's end; never over while a row is undelivered or a known consumer has not pulled it."""
+    assert first.finished_at is not None
+    request = read_task(store.spec_of(tx, first.seq)[0])
+    ttl_s = resolve(request, first.queue, first.runner, box.settings).dedup_ttl_s
+    if tx.now_us < first.finished_at + int(ttl_s * 1_000_000):
+        return False
+    states = ",".join(f"'{state.value}'" for state in OPEN_STATES)
+    undelivered = tx.one(
+        "SELECT 1 FROM outbox o JOIN entries e ON e.seq = o.entry_seq"
+        f" WHERE e.task_seq = ? AND o.state IN ({states}) LIMIT 1",  # noqa: S608 - fixed names
+        (first.seq,),
+    )
+    unpulled = tx.one(
+        "SELECT 1 FROM outbox o JOIN entries e ON e.seq = o.entry_seq WHERE e.task_seq = ? AND o.sink = 'completions'"
+        " AND o.position > (SELECT min(acknowledged) FROM consumers) LIMIT 1",
+        (first.seq,),
+    )
+    return undelivered is None and unpulled is None
+
+
+def _take_over(tx: Transaction, item: Candidate, refused: TaskRow) -> Outcome:
+    """The id of a refused task is free again: the row begins a new run with what was written now."""
+    moved = store.move_task(
+        tx,
+        refused,
+        Event.RETRY_REQUESTED,
+        said=msgspec.json.decode(item.new.source),
+        name=item.new.name,
+        priority=item.new.priority,
+        runner=item.new.runner,
+        reason=None,
+        detail=None,
+        run=refused.run + 1,
+        run_attempts=0,
+        submitted_at=item.new.submitted_at,
+        run_at=tx.now_us,
+        finished_at=None,
+        wake_at=item.new.wake_at,
+        content=item.new.content,
+        source=item.new.source,
+        spec=item.new.spec,
+        prompt=item.new.prompt,
+    )
+    if item.new.queue != moved.queue:
+        tx.count_task(moved.queue, moved.state.value, None, -1)
+        tx.count_task(item.new.queue, moved.state.value, None, 1)
+        tx.execute("UPDATE tasks SET queue = ? WHERE seq = ?", (item.new.queue, moved.seq))
+        moved = store.get(tx, moved.seq)
+    if item.new.event is not Event.ACCEPTED:
+        moved = store.move_task(tx, moved, Event.BLOCKED, reason=item.new.reason, wake_at=item.new.wake_at or tx.now_us)
+    return Accepted(moved.id, moved.seq, moved.state)

@@ -1,0 +1,274 @@
+"""Delivery: works from the outbox alone, no worker and no timeout can kill it. One runner a sink; none delays another.
+
+Invariants:
+1. A row is sent until its receiver's word is in the journal; sent again, it has the same id and the same bytes.
+2. What a runner holds in memory (rows in flight) is a hint: lost in a crash, the rows are simply due again.
+3. A plug that raises, hangs or answers nonsense is `Deferred`; it stops neither the loop nor another sink.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from agentqd.core.errors import ConfigError, JournalError
+from agentqd.core.limits import SINK_ERROR_CHARS_MAX
+from agentqd.core.outbox import RowEvent, RowState
+from agentqd.core.retry import Schedule, next_try_s
+from agentqd.core.routing import COMPLETIONS, REJECTED
+from agentqd.core.settings import Sink as SinkSettings
+from agentqd.loops.alerts import alert
+from agentqd.loops.box import Box, Signal
+from agentqd.sinks.base import Context, Deferred, Delivered, Delivery, Exec, Found, Outcome, Rejected, Sink
+from agentqd.sinks.registry import make_sink, schedule_for
+from agentqd.storage import outbox
+from agentqd.storage.outbox import DueRow, Mark
+from agentqd.storage.transaction import Transaction
+
+US: Final = 1_000_000
+_IDLE_MAX_S: Final = 30.0
+_OPEN_RETRY_S: Final = (0.2, 1.0, 5.0, 15.0)
+_BUILT_IN: Final = {COMPLETIONS: SinkSettings(type=COMPLETIONS), REJECTED: SinkSettings(type=REJECTED)}
+
+
+class SinkRunner:
+    """One sink's loop: take what is due, send it, record what became of it."""
+
+    def __init__(self, box: Box, name: str, settings: SinkSettings, exec_: Exec, draw: Callable[[], float]) -> None:
+        self.box = box
+        self.name = name
+        self.settings = settings
+        self.schedule: Schedule = schedule_for(name, settings if name not in _BUILT_IN else None, settings.type)
+        self.kick = Signal()
+        self.in_flight: set[int] = set()
+        self.last_error: str | None = None
+        self._draw = draw
+        context = Context(name, settings, box.folders.state, exec_, box.clock.now_us)
+        self._sink: Sink = make_sink(context, int(box.settings.limits.completions_bytes_max))
+        self._slots = asyncio.Semaphore(max(1, self._sink.concurrency))
+        self._marking: set[asyncio.Future[None]] = set()
+
+    async def run(self) -> None:
+        """Until cancelled. Raises JournalError."""
+        await self._open()
+        try:
+            async with asyncio.TaskGroup() as sends:
+                while True:
+                    self.box.beat(f"sink:{self.name}")
+                    await self._slots.acquire()
+                    batch = await self._due()
+                    if batch:
+                        self.in_flight |= {row.entry_seq for row in batch}
+                        sends.create_task(self._send(batch))
+                        continue
+                    self._slots.release()
+                    await self.kick.wait(await self._idle_s())
+        finally:
+            await self._sink.close()
+
+    async def _open(self) -> None:
+        """Open the plug; an append sink first reads back what its file already holds."""
+        failures = 0
+        while True:
+            position = await self.box.journal.read(lambda c: outbox.last_position(c, self.name))
+            try:
+                found = await self._sink.open(position)
+            except OSError as error:
+                self.last_error = str(error)
+                self.box.log.error("sink_open_failed", sink=self.name, error=str(error))
+                await asyncio.sleep(_OPEN_RETRY_S[min(failures, len(_OPEN_RETRY_S) - 1)])
+                failures += 1
+                continue
+            if found:
+                await self.box.journal.commit(lambda tx: self._mark_found(tx, found))
+            return
+
+    def _mark_found(self, tx: Transaction, found: Sequence[Found]) -> None:
+        """Lines that were appended before the last daemon died, and not yet marked."""
+        for item in found:
+            known = outbox.entry_exists(tx, item.delivery_id)
+            if known is None:
+                continue
+            row = tx.one("SELECT state, attempts FROM outbox WHERE entry_seq = ? AND sink = ?", (known[0], self.name))
+            if row is None or row[0] not in {"pending", "retryable"}:
+                continue
+            mark = Mark(known[0], self.name, RowState(row[0]), RowEvent.ACKNOWLEDGED, row[1] + 1, None, item.position)
+            outbox.mark(tx, [mark])
+            tx.event(None, "delivery_found", sink=self.name, delivery_id=item.delivery_id, position=item.position)
+
+    async def _due(self) -> list[DueRow]:
+        now = self.box.clock.now_us()
+        limit = self._sink.batch_max + len(self.in_flight)
+        rows = await self.box.journal.read(lambda c: outbox.due(c, self.name, now, limit))
+        return [row for row in rows if row.entry_seq not in self.in_flight][: self._sink.batch_max]
+
+    async def _idle_s(self) -> float:
+        now = self.box.clock.now_us()
+        at = await self.box.journal.read(lambda c: outbox.next_due(c, self.name, now))
+        if at is None:
+            return _IDLE_MAX_S
+        return min(_IDLE_MAX_S, max(0.001, (at - self.box.clock.now_us()) / US))
+
+    async def _send(self, batch: list[DueRow]) -> None:
+        try:
+            outcomes = await self._deliver(batch)
+        finally:
+            self._slots.release()
+        self._tell_notices()
+        now = self.box.clock.now_us()
+        marks = [self._mark(row, outcome, now) for row, outcome in zip(batch, outcomes, strict=True)]
+        future = self.box.journal.submit(lambda tx: self._record(tx, batch, outcomes, marks))
+        seqs = {row.entry_seq for row in batch}
+        self._marking.add(future)
+        future.add_done_callback(lambda done: self._marked(done, seqs))
+
+    def _marked(self, done: asyncio.Future[None], seqs: set[int]) -> None:
+        self._marking.discard(done)
+        self.in_flight -= seqs
+        error = None if done.cancelled() else done.exception()
+        if error is not None and not isinstance(error, JournalError):
+            self.box.log.error("unit_failed", sink=self.name, error=repr(error))
+        self.kick.set()
+
+    async def _deliver(self, batch: list[DueRow]) -> Sequence[Outcome]:
+        """The plug's answer, made safe: one outcome for each, whatever it did."""
+        deliveries = [
+            Delivery(
+                row.delivery_id, row.entry_seq, row.type, row.kind, row.key, row.task_id, row.payload, row.created_at, row.attempts, row.blob
+            )
+            for row in batch
+        ]  # fmt: skip
+        damaged = [row for row in batch if hashlib.sha256(row.payload).digest() != row.sha256]
+        if damaged:
+            return [self._check(row) for row in batch]
+        try:
+            async with asyncio.timeout(self._sink.timeout_s):
+                outcomes = await self._sink.deliver(deliveries)
+        except TimeoutError:
+            return [Deferred(f"no answer within {self._sink.timeout_s:g} s")] * len(batch)
+        except Exception as error:  # noqa: BLE001 - code we do not own meets us here
+            self.box.log.error("sink_failed", sink=self.name, error=repr(error), traceback=traceback.format_exc())
+            return [Deferred(f"the sink failed: {error!r}"[:SINK_ERROR_CHARS_MAX])] * len(batch)
+        if len(outcomes) != len(batch):
+            return [Deferred(f"the sink answered {len(outcomes)} of {len(batch)} deliveries")] * len(batch)
+        return outcomes
+
+    def _check(self, row: DueRow) -> Outcome:
+        if hashlib.sha256(row.payload).digest() != row.sha256:
+            return Rejected("the stored payload does not match its sha256: it was damaged on disk and is not sent")
+        return Deferred("waits for a batch without a damaged payload", retry_after_s=0.1)
+
+    def _mark(self, row: DueRow, outcome: Outcome, now: int) -> Mark:
+        attempts = row.attempts + 1
+        if isinstance(outcome, Delivered):
+            self.last_error = None
+            return Mark(row.entry_seq, self.name, row.state, RowEvent.ACKNOWLEDGED, attempts, None, outcome.position)
+        reason = outcome.reason[:SINK_ERROR_CHARS_MAX]
+        self.last_error = reason
+        if isinstance(outcome, Rejected):
+            return Mark(row.entry_seq, self.name, row.state, RowEvent.REJECTED, attempts, None, None, reason)
+        wait_s = next_try_s(self.schedule, attempts, self._draw(), outcome.retry_after_s)
+        due_at = now + int(wait_s * US)
+        lifetime = self.schedule.lifetime_s
+        if lifetime is not None and due_at > row.created_at + int(lifetime * US):
+            return Mark(row.entry_seq, self.name, row.state, RowEvent.GAVE_UP, attempts, None, None, reason)
+        return Mark(row.entry_seq, self.name, row.state, RowEvent.DEFERRED, attempts, due_at, None, reason)
+
+    def _record(self, tx: Transaction, batch: list[DueRow], outcomes: Sequence[Outcome], marks: list[Mark]) -> None:
+        done = {mark.entry_seq for mark in outbox.mark(tx, marks)}
+        for row, outcome, mark in zip(batch, outcomes, marks, strict=True):
+            if row.entry_seq not in done:
+                continue
+            if isinstance(outcome, Delivered):
+                tx.event(row.task_id, "delivered", sink=self.name, delivery_id=row.delivery_id, position=outcome.position)
+                if row.attempts:
+                    outbox.record_try(tx, row.entry_seq, self.name, mark.attempts, "delivered", outcome.detail)
+                continue
+            outbox.record_try(tx, row.entry_seq, self.name, mark.attempts, mark.event.value, mark.error)
+            if mark.event is RowEvent.DEFERRED:
+                if row.attempts == 0:
+                    tx.event(row.task_id, "delivery_deferred", sink=self.name, delivery_id=row.delivery_id, reason=mark.error)
+                continue
+            self._bury(tx, row, mark)
+
+    def _bury(self, tx: Transaction, row: DueRow, mark: Mark) -> None:
+        """A dead letter: kept until a person drops it, told over the other sinks."""
+        tx.event(row.task_id, "delivery_dead", sink=self.name, delivery_id=row.delivery_id, reason=mark.error)
+        message = f"{row.delivery_id} ({row.type}) was not delivered to {self.name} and is now a dead letter: {mark.error}"
+        alert(tx, self.box, "dead_letter", message, key=f"{row.delivery_id}:{self.name}:{mark.attempts}", not_to=self.name,
+              sink=self.name, delivery_id=row.delivery_id, about_task=row.task_id)  # fmt: skip
+
+    def _tell_notices(self) -> None:
+        """What an append sink noticed about its file (replaced, vanished, torn) becomes an alert."""
+        notices: list[str] | None = getattr(self._sink, "notices", None)
+        if not notices:
+            return
+        told, notices[:] = list(notices), []
+        at = self.box.clock.now_us()
+
+        def unit(tx: Transaction) -> None:
+            for n, text in enumerate(told):
+                alert(tx, self.box, "sink_file", f"{self.name}: {text}", key=f"{self.name}:{at}:{n}", sink=self.name)
+
+        self.box.journal.submit(unit)
+
+
+class DeliveryLoop:
+    """Starts and ends the runners as the config says; wakes them when a commit gives them rows."""
+
+    def __init__(self, box: Box, exec_: Exec, draw: Callable[[], float] = random.random) -> None:
+        self.box = box
+        self.runners: dict[str, SinkRunner] = {}
+        self._exec = exec_
+        self._draw = draw
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._changed = Signal()
+        box.on_settings.append(self._changed.set)
+
+    def before_commit(self, tx: Transaction) -> None:
+        """The journal's hook: sinks that get rows with this commit are woken after it."""
+        sinks = tx.sinks_made_pending()
+        if sinks:
+            tx.after_commit(lambda: self.kick(sinks))
+
+    def kick(self, sinks: set[str]) -> None:
+        for name in sinks:
+            runner = self.runners.get(name)
+            if runner is not None:
+                runner.kick.set()
+
+    async def run(self) -> None:
+        """Until cancelled. Raises JournalError (in a group)."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                self.box.beat("delivery")
+                await self._apply(group)
+                await self._changed.wait(_IDLE_MAX_S)
+
+    async def _apply(self, group: asyncio.TaskGroup) -> None:
+        wanted = {**self.box.settings.sinks, **_BUILT_IN}
+        for name, runner in list(self.runners.items()):
+            if wanted.get(name) != runner.settings:
+                await self._end(name)
+        for name, settings in wanted.items():
+            if name in self.runners:
+                continue
+            try:
+                runner = SinkRunner(self.box, name, settings, self._exec, self._draw)
+            except ConfigError as error:
+                self.box.log.error("sink_unusable", sink=name, error=error.message)
+                continue
+            self.runners[name] = runner
+            self._tasks[name] = group.create_task(runner.run(), name=f"sink:{name}")
+
+    async def _end(self, name: str) -> None:
+        """Its rows stay in the outbox, and are shown there; what was in flight is due again."""
+        del self.runners[name]
+        task = self._tasks.pop(name)
+        task.cancel()
+        await asyncio.wait([task])
+        self.box.beats.pop(f"sink:{name}", None)

@@ -1,0 +1,308 @@
+"""The one transaction in which an attempt or a task ends: the transition, the entries handed over, the result, its outbox rows.
+
+These are journal units: they decide with core rules and record; nothing here touches the world.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from agentqd.core.envelope import delivery_id, seal
+from agentqd.core.lifecycle import ACTIVE_STATES, Event, Result
+from agentqd.core.resolve import Resolved, resolve
+from agentqd.core.retry import LOST_REQUEUES_MAX, RETRIED_RESULTS, wait_s
+from agentqd.core.routing import Subject, sinks_for
+from agentqd.core.task import TaskRequest
+from agentqd.core.units import format_time
+from agentqd.core.verdict import Ended, Evidence, Verdict, judge
+from agentqd.core.waking import total_deadline_us
+from agentqd.loops.alerts import alert
+from agentqd.loops.box import Box
+from agentqd.loops.dropfolder import Handed, record
+from agentqd.loops.evidence import Seen, as_json
+from agentqd.storage import outbox
+from agentqd.storage import tasks as store
+from agentqd.storage.tasks import AttemptRow, TaskRow
+from agentqd.storage.transaction import Transaction
+from agentqd.supervisor.wire import Exited
+
+US: Final = 1_000_000
+
+
+class AttemptEnd(msgspec.Struct, frozen=True):
+    """Everything known about an attempt that is over."""
+
+    task_id: str
+    attempt: int
+    request: TaskRequest
+    exited: Exited | None = None  # None: nobody knows how it ended
+    seen: Seen | None = None
+    handed: list[Handed] = []
+    keys: frozenset[str] = frozenset()  # handed over earlier, while it ran
+    lost_reason: str | None = None
+    failed_reason: tuple[str, str] | None = None  # (reason, detail): our own side failed it
+    check_passed: bool | None = None
+    check_detail: str | None = None
+
+
+class Finished(msgspec.Struct, frozen=True):
+    task: TaskRow
+    verdict: Verdict
+
+
+def finish_attempt(tx: Transaction, box: Box, end: AttemptEnd) -> Finished | None:
+    """Record the end of an attempt and what follows from it. None: it was recorded before (nothing is done twice)."""
+    task = store.find(tx, end.task_id)
+    if task is None or task.attempt != end.attempt or task.state not in ACTIVE_STATES:
+        return None
+    attempt = store.attempt_of(tx, task.seq, end.attempt)
+    resolved = resolve(end.request, task.queue, task.runner, box.settings)
+    sound = record(tx, box, task, end.request, end.attempt, end.handed)
+    keys = {row[0] for row in tx.execute("SELECT key FROM entries WHERE task_seq=? AND kind='entry' AND run=?", (task.seq, task.run))}
+    evidence = _evidence(end, len(keys | sound | end.keys))
+    verdict = _verdict(end, evidence, resolved)
+    said = _close_attempt(tx, task, attempt, end, verdict, evidence)
+    _tell(tx, box, task, verdict)
+    event, wake = _what_next(tx, task, attempt, verdict, resolved)
+    if event is Event.FINISHED:
+        moved = _finish(tx, task, event, verdict, said)
+        data = result_data(box, moved, end, evidence, said, tx.now_us)
+        add_result(tx, box, moved, end.request, data)
+    else:
+        moved = store.move_task(tx, task, event, said=said, reason=verdict.reason, detail=verdict.detail, wake_at=wake)
+        tx.after_commit(lambda: _log_attempt(box, moved, verdict, wake))
+    return Finished(moved, verdict)
+
+
+def _evidence(end: AttemptEnd, entries: int) -> Evidence:
+    exited, seen = end.exited, end.seen
+    if exited is None:
+        return Evidence(entries=entries)
+    began = exited.started_at or exited.ended_at
+    return Evidence(
+        stdout_bytes=exited.stdout_bytes,
+        entries=entries,
+        work_files=seen.work_files if seen else 0,
+        expected=seen.expected if seen else (),
+        duration_s=(exited.ended_at - began) / US,
+        check_passed=end.check_passed,
+        check_detail=end.check_detail,
+    )
+
+
+def _verdict(end: AttemptEnd, evidence: Evidence, resolved: Resolved) -> Verdict:
+    if end.failed_reason is not None:
+        return Verdict(Result.FAILED, *end.failed_reason)
+    if end.exited is None:
+        return Verdict(Result.LOST, end.lost_reason or "lost", "nobody knows how it ended")
+    exited = end.exited
+    ended = Ended(exited.exit_code, exited.signal, exited.intent, exited.error if exited.pid is None else None)
+    return judge(ended, evidence, end.request.expect, allow_no_work=resolved.allow_no_work)
+
+
+def _close_attempt(
+    tx: Transaction, task: TaskRow, attempt: AttemptRow, end: AttemptEnd, verdict: Verdict, evidence: Evidence
+) -> dict[str, Any]:
+    exited = end.exited
+    started = (exited.started_at if exited else None) or attempt.started_at
+    ended = exited.ended_at if exited else tx.now_us
+    if exited is not None and exited.pid is not None and attempt.pid is None:
+        tx.event(task.id, "worker_started", attempt=end.attempt, pid=exited.pid, at=format_time(exited.started_at))
+    store.update_attempt(
+        tx,
+        task.seq,
+        end.attempt,
+        pid=(exited.pid if exited else None) or attempt.pid,
+        started_at=started,
+        ended_at=ended,
+        intent=(exited.intent if exited else None) or attempt.intent,
+        exit_code=exited.exit_code if exited else None,
+        signal=exited.signal if exited else None,
+        result=verdict.result.value,
+        reason=verdict.reason,
+        evidence=msgspec.json.encode(evidence_json(end, evidence)).decode(),
+    )
+    said: dict[str, Any] = {"attempt": end.attempt, "result": verdict.result.value, "reason": verdict.reason}
+    if exited is not None:
+        said["exit_code"] = exited.exit_code
+        said["signal"] = exited.signal
+    return said
+
+
+def evidence_json(end: AttemptEnd, evidence: Evidence) -> dict[str, Any]:
+    exited, seen = end.exited, end.seen
+    data: dict[str, Any] = {
+        "stdout_bytes": evidence.stdout_bytes,
+        "stderr_bytes": exited.stderr_bytes if exited else 0,
+        "entries": evidence.entries,
+        "work_files": evidence.work_files,
+    }
+    if evidence.expected:
+        data["expected"] = [{"path": f.path, "bytes": f.bytes, "changed": f.changed} for f in evidence.expected]
+    if evidence.check_passed is not None:
+        data["check_passed"] = evidence.check_passed
+    if exited is not None:
+        if exited.stdout_truncated:
+            data["stdout_truncated"] = True
+        if exited.stderr_truncated:
+            data["stderr_truncated"] = True
+        if exited.left_behind:
+            data["left_behind"] = [{"pid": item.pid, "name": item.name} for item in exited.left_behind]
+        data["cpu_s"] = round(exited.user_cpu_s + exited.system_cpu_s, 3)
+        data["max_rss_bytes"] = exited.max_rss_bytes
+    if seen is not None and seen.problems:
+        data["problems"] = seen.problems[:20]
+    return data
+
+
+def _what_next(
+    tx: Transaction, task: TaskRow, attempt: AttemptRow, verdict: Verdict, resolved: Resolved
+) -> tuple[Event, int | None]:
+    """The event that follows, and when a waiting task is to be looked at again."""
+    if attempt.intent == "cancelled":
+        return Event.FINISHED, None
+    if verdict.result is Result.LOST:
+        if resolved.on_lost == "hold":
+            return Event.ATTEMPT_HELD, None
+        lost = tx.one("SELECT count(*) FROM attempts WHERE task_seq=? AND run=? AND result='lost'", (task.seq, task.run))[0]
+        again = resolved.on_lost == "requeue" and lost < LOST_REQUEUES_MAX
+    else:
+        again = verdict.result in RETRIED_RESULTS and task.run_attempts < resolved.max_attempts
+    if not again:
+        return Event.FINISHED, None
+    wake = tx.now_us + int(wait_s(resolved.backoff, task.run_attempts) * US)
+    deadline = total_deadline_us(resolved, task.run_at)
+    if deadline is not None and wake >= deadline:
+        return Event.FINISHED, None
+    return Event.ATTEMPT_ENDED, wake
+
+
+def _tell(tx: Transaction, box: Box, task: TaskRow, verdict: Verdict) -> None:
+    if verdict.result is Result.NO_WORK:
+        message = f"task {task.id} ({task.name}) ended with exit 0 and did no work: {verdict.detail}"
+        alert(tx, box, "no_work", message, task=task, key=str(task.attempt), attempt=task.attempt)
+    elif verdict.result is Result.LOST:
+        message = f"the worker of task {task.id} ({task.name}), attempt {task.attempt}, was lost: {verdict.reason}"
+        alert(tx, box, "lost", message, task=task, key=str(task.attempt), attempt=task.attempt, reason=verdict.reason)
+
+
+def _finish(tx: Transaction, task: TaskRow, event: Event, verdict: Verdict, said: dict[str, Any]) -> TaskRow:
+    return store.move_task(
+        tx,
+        task,
+        event,
+        said=said,
+        result=verdict.result.value,
+        reason=verdict.reason,
+        detail=verdict.detail,
+        finished_at=tx.now_us,
+        wake_at=None,
+    )
+
+
+def finish_waiting(
+    tx: Transaction, box: Box, task: TaskRow, event: Event, result: Result, reason: str, detail: str | None = None
+) -> TaskRow:
+    """End a task that has no worker: cancelled, expired, refused, out of time. Its result is delivered like any other."""
+    moved = _finish(tx, task, event, Verdict(result, reason, detail), {"result": result.value, "reason": reason})
+    request = _request_of(tx, task)
+    end = AttemptEnd(task.id, task.attempt, request)
+    add_result(tx, box, moved, request, result_data(box, moved, end, None, {}, tx.now_us))
+    return moved
+
+
+def _request_of(tx: Transaction, task: TaskRow) -> TaskRequest:
+    from agentqd.core.task import read_task
+
+    return read_task(store.spec_of(tx, task.seq)[0])
+
+
+def result_data(
+    box: Box, task: TaskRow, end: AttemptEnd, evidence: Evidence | None, said: dict[str, Any], now_us: int
+) -> dict[str, Any]:
+    """The data object of a result (design, Delivery)."""
+    exited, seen = end.exited, end.seen
+    started = exited.started_at if exited is not None else None
+    ended = exited.ended_at if exited is not None else now_us
+    data: dict[str, Any] = {
+        "task_id": task.id,
+        "name": task.name,
+        "status": task.result,
+        "attempt": task.attempt,
+        "run": task.run,
+        "exit_code": said.get("exit_code"),
+        "signal": said.get("signal"),
+        "reason": task.reason,
+        "detail": task.detail,
+        "submitted_at": task.submitted_at or format_time(task.accepted_at),
+        "started_at": format_time(started),
+        "completed_at": format_time(ended),
+        "duration_s": round((ended - started) / US, 3) if started is not None else 0.0,
+        "output_dir": box.folders.attempt(task.id, task.attempt) if task.attempt else None,
+        "stdout_tail": seen.stdout_tail if seen else "",
+        "artifacts": as_json(seen) if seen else [],
+        "evidence": evidence_json(end, evidence) if evidence is not None else {},
+        "usage": None,
+    }
+    if seen is not None and seen.artifacts_truncated:
+        data["artifacts_truncated"] = True
+    return data
+
+
+def add_result(tx: Transaction, box: Box, task: TaskRow, request: TaskRequest, data: dict[str, Any]) -> None:
+    """The result entry and its rows, and the canonical log line once it is durable."""
+    type_ = f"agentq.task.{task.result}"
+    entry_id = delivery_id(box.state_id, task.id, task.run, "result", "result")
+    subject = Subject(type_, task.queue, task.runner, task.result or "", tuple(request.labels or ()))
+    resolved = resolve(request, task.queue, task.runner, box.settings)
+    outbox.add_entry(
+        tx,
+        outbox.NewEntry(
+            delivery_id=entry_id,
+            task_seq=task.seq,
+            run=task.run,
+            attempt=task.attempt,
+            kind="result",
+            key="result",
+            type=type_,
+            payload=seal(entry_id, type_, box.name, task.id, tx.now_us, data),
+            sinks=sinks_for(box.settings, subject, request.deliver_to, resolved.deliver_to),
+        ),
+    )
+    tx.after_commit(lambda: _log_end(box, task, data))
+
+
+def _log_end(box: Box, task: TaskRow, data: dict[str, Any]) -> None:
+    """The one canonical line of a task."""
+    say = box.log.info if task.result in {"success", "cancelled"} else box.log.warning
+    say(
+        "task_finished",
+        task=task.id,
+        name=task.name,
+        queue=task.queue,
+        runner=task.runner,
+        result=task.result,
+        reason=task.reason,
+        attempt=task.attempt,
+        run=task.run,
+        exit_code=data["exit_code"],
+        signal=data["signal"],
+        duration_s=data["duration_s"],
+        waited_s=round(max(0, (task.started_at or task.run_at) - task.run_at) / US, 3),
+    )
+    box.task_changed(task.id)
+
+
+def _log_attempt(box: Box, task: TaskRow, verdict: Verdict, wake: int | None) -> None:
+    box.log.warning(
+        "attempt_ended",
+        task=task.id,
+        attempt=task.attempt,
+        result=verdict.result.value,
+        reason=verdict.reason,
+        state=task.state.value,
+        next_at=format_time(wake),
+    )
+    box.task_changed(task.id)

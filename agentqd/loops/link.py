@@ -1,0 +1,193 @@
+"""The daemon's end of the supervisor protocol: connect, greet, send, hand every report on; connect again for ever.
+
+Promises:
+1. `on_welcome` is called once for each connection, before any other report of it.
+2. Under systemd no supervisor is started from here; it is waited for. Elsewhere one is started, detached, when the
+   socket does not answer.
+3. What was sent to a connection that broke is not remembered here: the next Welcome says what the supervisor knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from agentqd.core.errors import SupervisorUnavailable
+from agentqd.core.limits import WIRE_MESSAGE_BYTES_MAX
+from agentqd.loops.box import Box
+from agentqd.supervisor import wire
+
+_RECONNECT_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_PING_EVERY_S: Final = 10.0
+
+
+class Link(asyncio.Protocol):
+    """One connection after another; `run` is its loop."""
+
+    def __init__(
+        self,
+        box: Box,
+        on_welcome: Callable[[wire.Welcome], None],
+        on_report: Callable[[wire.Report], None],
+        on_lost: Callable[[], None],
+        *,
+        may_start: bool,
+    ) -> None:
+        self._box = box
+        self._on_welcome = on_welcome
+        self._on_report = on_report
+        self._on_lost = on_lost
+        self._may_start = may_start
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._closed = asyncio.Event()
+        self._pongs = 0
+        self.welcome: wire.Welcome | None = None
+        self.refusal: str | None = None
+
+    @property
+    def connected(self) -> bool:
+        return self.welcome is not None
+
+    def send(self, message: wire.Request) -> None:
+        """Raises SupervisorUnavailable without a welcomed connection; else it is on its way."""
+        if self._transport is None or self.welcome is None:
+            raise SupervisorUnavailable("the supervisor is not connected")
+        self._transport.write(wire.encode(message))
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        failures = 0
+        while True:
+            self._box.beat("link")
+            try:
+                await self._connect()
+                failures = 0
+            except (OSError, SupervisorUnavailable) as error:
+                if failures == 0:
+                    self._box.log.info("supervisor_unreachable", error=str(error), will_start=self._may_start)
+                if self._may_start and failures % 20 == 0:
+                    self._start_supervisor()
+                await asyncio.sleep(_RECONNECT_S[min(failures, len(_RECONNECT_S) - 1)])
+                failures += 1
+                continue
+            await self._stay()
+
+    async def _connect(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._closed = asyncio.Event()
+        self._buffer.clear()
+        self.refusal = None
+        async with asyncio.timeout(10):
+            await loop.create_unix_connection(lambda: self, self._box.folders.supervisor_socket)
+        assert self._transport is not None
+        hello = wire.Hello(wire.PROTOCOL, self._box.journal.epoch, self._box.state_id, os.getpid())
+        self._transport.write(wire.encode(hello))
+
+    async def _stay(self) -> None:
+        """While the connection lives: a ping now and then proves that the other side still turns."""
+        answered = self._pongs
+        while not self._closed.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_PING_EVERY_S):
+                    await self._closed.wait()
+            self._box.beat("link")
+            if self._closed.is_set() or self.welcome is None:
+                continue
+            if self._pongs == answered and answered:
+                self._box.log.warning("supervisor_silent", seconds=_PING_EVERY_S)
+            answered = self._pongs
+            self.send(wire.Ping(answered))
+        if self.refusal is not None:
+            self._box.log.error("supervisor_refused", message=self.refusal)
+            await asyncio.sleep(1)
+
+    def _start_supervisor(self) -> None:
+        """Detached: its own session, no descriptor of ours; it outlives this daemon."""
+        folders = self._box.folders
+        os.makedirs(folders.runtime, mode=0o700, exist_ok=True)
+        log = os.open(f"{folders.runtime}/supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "agentqd.supervisor", "--state-dir", folders.state, "--runtime-dir", folders.runtime],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd="/",
+            )
+        except OSError as error:
+            self._box.log.error("supervisor_start_failed", error=str(error))
+            return
+        finally:
+            os.close(log)
+        self._box.log.info("supervisor_started", supervisor_pid=child.pid)
+        child.returncode = 0  # it is not ours to wait for in __del__; a zombie of it is reaped by `_reap`
+        asyncio.get_running_loop().call_later(1.0, _reap, child.pid)
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=WIRE_MESSAGE_BYTES_MAX)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        if b"\n" not in data:
+            if len(self._buffer) > WIRE_MESSAGE_BYTES_MAX:
+                self._cut("a report without an end")
+            return
+        *lines, rest = bytes(self._buffer).split(b"\n")
+        self._buffer = bytearray(rest)
+        for line in lines:
+            self._take(line)
+
+    def _take(self, line: bytes) -> None:
+        try:
+            report = wire.decode_report(line)
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            self._cut(f"a report that cannot be read: {error}")
+            return
+        if isinstance(report, wire.Welcome):
+            self.welcome = report
+            self._on_welcome(report)
+        elif isinstance(report, wire.Refuse):
+            self.refusal = f"{report.code}: {report.message}"
+        elif isinstance(report, wire.Pong):
+            self._pongs += 1
+        else:
+            self._on_report(report)
+
+    def _cut(self, why: str) -> None:
+        self._box.log.error("supervisor_protocol_error", error=why)
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        was_welcome = self.welcome is not None
+        self._transport = None
+        self.welcome = None
+        self._closed.set()
+        if was_welcome:
+            self._box.log.warning("supervisor_disconnected", error=str(exc) if exc else "closed")
+            self._on_lost()
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+
+def _reap(pid: int) -> None:
+    """A supervisor that we started and that has ended leaves no zombie behind."""
+    with contextlib.suppress(ChildProcessError):
+        if os.waitpid(pid, os.WNOHANG) == (0, 0):
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop().call_later(5.0, _reap, pid)

@@ -1,0 +1,143 @@
+"""What is old enough goes: finished tasks with their folders, delivered rows, the prefix of the event chain. Bounded steps.
+
+Invariants:
+1. Nothing goes that is active, undelivered, held, dead (a person drops those) or, before `retention.unpulled`, unpulled.
+2. The event chain loses a prefix only; a checkpoint (seq, hash) says from where `audit verify` starts.
+3. Numbers (seq) are never used again: their highest values are kept in meta.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sqlite3
+from typing import Final
+
+from agentqd.loops.alerts import alert
+from agentqd.loops.box import Box
+from agentqd.storage.transaction import Transaction
+
+US: Final = 1_000_000
+_EVERY_S: Final = 60.0
+_STEP: Final = 200
+_EVENTS_STEP: Final = 5000
+
+
+class Retention:
+    def __init__(self, box: Box) -> None:
+        self.box = box
+
+    async def run(self) -> None:
+        """Until cancelled. Raises JournalError."""
+        while True:
+            for _ in range(int(_EVERY_S)):
+                self.box.beat("retention")
+                await asyncio.sleep(1.0)
+            while await self._step():
+                self.box.beat("retention")
+                await asyncio.sleep(0.05)
+
+    async def _step(self) -> bool:
+        """One bounded piece of work; True if there is more."""
+        seqs = await self.box.journal.read(self._old_tasks)
+        if seqs:
+            gone = await self.box.journal.commit(lambda tx: self._remove_tasks(tx, seqs))
+            await asyncio.to_thread(self._remove_folders, [task_id for task_id, _ in gone], [b for _, bs in gone for b in bs])
+        events = await self.box.journal.commit(self._remove_events)
+        return len(seqs) == _STEP or events == _EVENTS_STEP
+
+    def _old_tasks(self, connection: sqlite3.Connection) -> list[int]:
+        retention, now = self.box.settings.retention, self.box.clock.now_us()
+        oldest = connection.execute("SELECT min(acknowledged) FROM consumers").fetchone()[0]
+        rows = connection.execute(
+            "SELECT t.seq, t.finished_at FROM tasks t WHERE t.state = 'finished' AND t.finished_at < ?"
+            " AND NOT EXISTS (SELECT 1 FROM entries e JOIN outbox o ON o.entry_seq = e.seq"
+            "   WHERE e.task_seq = t.seq AND o.state NOT IN ('delivered', 'dropped'))"
+            " AND NOT EXISTS (SELECT 1 FROM dependencies d JOIN tasks w ON w.seq = d.task_seq"
+            "   WHERE d.on_seq = t.seq AND w.state != 'finished')"
+            " ORDER BY t.finished_at LIMIT ?",
+            (now - int(retention.tasks * US), _STEP),
+        ).fetchall()
+        if oldest is None:
+            return [seq for seq, _ in rows]
+        unpulled_limit = now - int(retention.unpulled * US)
+        return [seq for seq, at in rows if at < unpulled_limit or not self._unpulled(connection, seq, oldest)]
+
+    @staticmethod
+    def _unpulled(connection: sqlite3.Connection, seq: int, oldest: int) -> bool:
+        row = connection.execute(
+            "SELECT 1 FROM entries e JOIN outbox o ON o.entry_seq = e.seq"
+            " WHERE e.task_seq = ? AND o.sink = 'completions' AND o.position > ? LIMIT 1",
+            (seq, oldest),
+        ).fetchone()
+        return row is not None
+
+    def _remove_tasks(self, tx: Transaction, seqs: list[int]) -> list[tuple[str, list[str]]]:
+        gone = []
+        oldest = tx.one("SELECT min(acknowledged) FROM consumers")[0]
+        unpulled = 0
+        self._keep_numbers(tx)
+        for seq in seqs:
+            row = tx.one("SELECT id, queue, state, result FROM tasks WHERE seq = ? AND state = 'finished'", (seq,))
+            if row is None:
+                continue
+            if oldest is not None and self._unpulled(tx.connection, seq, oldest):
+                unpulled += 1
+            blobs = [b for (b,) in tx.execute("SELECT blob FROM entries WHERE task_seq = ? AND blob IS NOT NULL", (seq,))]
+            for sink, state, n in tx.execute(
+                "SELECT o.sink, o.state, count(*) FROM outbox o JOIN entries e ON e.seq = o.entry_seq"
+                " WHERE e.task_seq = ? GROUP BY o.sink, o.state",
+                (seq,),
+            ).fetchall():
+                tx.count_outbox(sink, state, -n)
+            for table in ("outbox", "tries"):
+                tx.execute(f"DELETE FROM {table} WHERE entry_seq IN (SELECT seq FROM entries WHERE task_seq = ?)", (seq,))  # noqa: S608
+            for table in ("entries", "attempts", "intents", "dependencies"):
+                tx.execute(f"DELETE FROM {table} WHERE task_seq = ?", (seq,))  # noqa: S608 - fixed names
+            tx.execute("DELETE FROM ids WHERE newest = ?", (row[0],))
+            tx.execute("DELETE FROM tasks WHERE seq = ?", (seq,))
+            tx.count_task(row[1], row[2], row[3], -1)
+            gone.append((row[0], blobs))
+        if unpulled:
+            message = f"{unpulled} results that a consumer has not pulled are past retention.unpulled and were removed"
+            alert(tx, self.box, "unpulled_removed", message, key=str(tx.now_us))
+        if gone:
+            tx.event(None, "tasks_removed", count=len(gone))
+        return gone
+
+    @staticmethod
+    def _keep_numbers(tx: Transaction) -> None:
+        for key, value in (("task_seq", tx.numbers.task), ("entry_seq", tx.numbers.entry), ("event_seq", tx.numbers.event)):
+            tx.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+        for sink, position in tx.execute(
+            "SELECT sink, max(position) FROM outbox WHERE position IS NOT NULL GROUP BY sink"
+        ).fetchall():
+            tx.execute(
+                "INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = max(value, excluded.value)",
+                (f"position:{sink}", position),
+            )
+
+    def _remove_folders(self, task_ids: list[str], blobs: list[str]) -> None:
+        for task_id in task_ids:
+            shutil.rmtree(f"{self.box.folders.tasks}/{task_id}", ignore_errors=True)
+        for blob in blobs:
+            if os.path.exists(blob):
+                os.unlink(blob)
+
+    def _remove_events(self, tx: Transaction) -> int:
+        """Cut a prefix off the chain, and remember where it now begins."""
+        limit = tx.now_us - int(self.box.settings.retention.events * US)
+        row = tx.one("SELECT seq FROM events ORDER BY seq LIMIT 1")
+        if row is None:
+            return 0
+        last = tx.one(
+            "SELECT seq, hash FROM (SELECT seq, at, hash FROM events ORDER BY seq LIMIT ?) WHERE at < ? ORDER BY seq DESC LIMIT 1",
+            (_EVENTS_STEP, limit),
+        )
+        if last is None:
+            return 0
+        tx.execute("INSERT OR REPLACE INTO meta VALUES ('chain_checkpoint_seq', ?)", (last[0],))
+        tx.execute("INSERT OR REPLACE INTO meta VALUES ('chain_checkpoint_hash', ?)", (last[1],))
+        removed = tx.execute("DELETE FROM events WHERE seq <= ?", (last[0],)).rowcount
+        return int(removed)

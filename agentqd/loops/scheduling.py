@@ -1,0 +1,133 @@
+"""Which task runs next. The choice rides on every journal commit: what a commit makes ready, or what slot it frees, is
+claimed in the same transaction, so that one fdatasync stands between a line and its worker.
+
+Invariants:
+1. A claim names attempt, daemon epoch and supervisor instance; nothing is claimed without a connected supervisor.
+2. Never more than `max_workers` in all and a queue's concurrency within it are running or stopping.
+3. Between queues with free slots the one with the smallest share of its slots in use goes first (a flood in one delays no
+   other), then the higher priority, then the older task; within a queue: priority, then age.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from agentqd.core.lifecycle import Event, State
+from agentqd.loops.box import Box
+from agentqd.storage import tasks as store
+from agentqd.storage.tasks import TaskRow
+from agentqd.storage.transaction import Transaction
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """A task that is to be started now."""
+
+    task: TaskRow
+    spec: bytes
+    prompt: bytes | None
+
+
+class Target(msgspec.Struct, frozen=True):
+    """The supervisor that claims are made for."""
+
+    instance: str
+    boot_id: str
+
+
+class Scheduler:
+    """Its `claim` is the journal's `before_commit` hook: it runs on the journal's thread, inside each transaction."""
+
+    def __init__(self, box: Box, on_claims: Callable[[list[Claim]], None]) -> None:
+        self._box = box
+        self._on_claims = on_claims
+        self.target: Target | None = None
+        self.paused: frozenset[str] = frozenset()
+        self._empty: set[str] = set()  # queues in which nothing was ready when last looked at
+
+    async def load(self) -> None:
+        """What a person has paused stays paused over a restart."""
+        rows = await self._box.journal.read(lambda c: c.execute("SELECT queue FROM paused_queues").fetchall())
+        self.paused = frozenset(row[0] for row in rows)
+
+    def wake(self) -> None:
+        """Something outside the journal changed (settings, pause, supervisor): choose again."""
+        self._box.journal.submit(lambda tx: None)
+
+    def claim(self, tx: Transaction) -> None:
+        target, box = self.target, self._box
+        for queue in tx.queues_made_ready():
+            self._empty.discard(queue)
+        if target is None or box.draining:
+            return
+        names = [name for name in {"default", *box.settings.queues} if name not in self._empty and name not in self.paused]
+        if not names:
+            return
+        running = store.active_counts(tx)
+        free = box.max_workers - sum(running.values())
+        if free <= 0:
+            return
+        claims = self._choose(tx, names, running, free, target)
+        if claims:
+            tx.after_commit(lambda: self._on_claims(claims))
+
+    def _choose(
+        self, tx: Transaction, names: list[str], running: dict[str, int], free: int, target: Target
+    ) -> list[Claim]:
+        ready: dict[str, list[TaskRow]] = {}
+        drained: set[str] = set()  # all that is ready there is in hand
+        for name in names:
+            room = min(free, self._box.concurrency(name) - running.get(name, 0))
+            if room <= 0:
+                continue
+            heads = store.heads(tx, name, room)
+            if heads:
+                ready[name] = heads[::-1]
+            if len(heads) < room:
+                drained.add(name)
+        claims: list[Claim] = []
+        while free > 0 and ready:
+            name = min(
+                ready,
+                key=lambda n: (running.get(n, 0) / self._box.concurrency(n), -ready[n][-1].priority, ready[n][-1].seq),
+            )
+            claims.append(self._take(tx, ready[name].pop(), target))
+            running[name] = running.get(name, 0) + 1
+            free -= 1
+            if not ready[name]:
+                del ready[name]
+        self._empty |= drained - ready.keys()
+        return claims
+
+    def _take(self, tx: Transaction, task: TaskRow, target: Target) -> Claim:
+        attempt = task.attempt + 1
+        claimed = store.move_task(
+            tx,
+            task,
+            Event.CLAIMED,
+            said={"attempt": attempt, "epoch": self._box.journal.epoch, "instance": target.instance},
+            attempt=attempt,
+            run_attempts=task.run_attempts + 1,
+            started_at=tx.now_us,
+            reason=None,
+            wake_at=None,
+        )
+        store.insert_attempt(tx, claimed, self._box.journal.epoch, target.instance, target.boot_id)
+        return Claim(claimed, *store.spec_of(tx, task.seq))
+
+
+def waiting_reason(task: TaskRow, box: Box, *, paused: bool, connected: bool, busy: bool) -> str | None:
+    """Why a waiting task waits, machine-readable; None for one that does not wait."""
+    if task.state is State.QUEUED:
+        if task.queue != "default" and task.queue not in box.settings.queues:
+            return "queue_removed"
+        if paused:
+            return "queue_paused"
+        if box.draining:
+            return "draining"
+        if not connected:
+            return "no_supervisor"
+        return "no_free_slot" if busy else "starting"
+    reasons = {State.SCHEDULED: "start_time", State.HELD: "held", State.RETRYABLE: "backoff", State.BLOCKED: "blocked"}
+    return None if task.state not in reasons else task.reason or reasons[task.state]

@@ -1,0 +1,180 @@
+"""The outbox in the journal: entries (what is to be delivered, stored once) and rows (an entry on its way to one sink).
+
+A row's state moves through core.outbox's table only, guarded by the state it is expected in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from agentqd.core.envelope import Kind
+from agentqd.core.outbox import RowEvent, RowState, next_row_state
+from agentqd.storage.transaction import Transaction
+
+_INSERT_ENTRY: Final = (
+    "INSERT INTO entries (seq, delivery_id, task_seq, run, attempt, kind, key, type, at, bytes, sha256, payload, blob)"
+    " VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)"
+)
+_INSERT_ROW: Final = (
+    "INSERT INTO outbox (entry_seq, sink, state, attempts, created_at, due_at, last_error) VALUES (?,?,?,0,?,?,?)"
+)
+_ROW: Final = "SELECT entry_seq, sink, state, attempts, created_at, due_at, delivered_at, position, last_error FROM outbox"
+_DUE: Final = (
+    "SELECT o.entry_seq, o.sink, o.state, o.attempts, o.created_at, e.delivery_id, e.type, e.kind, e.key, t.id,"
+    " e.payload, e.blob, e.sha256, o.due_at"
+    " FROM outbox o JOIN entries e ON e.seq = o.entry_seq LEFT JOIN tasks t ON t.seq = e.task_seq"
+    " WHERE o.sink = ? AND o.state IN ('pending','delivering','retryable') AND o.due_at <= ?"
+    " ORDER BY o.due_at, o.entry_seq LIMIT ?"
+)
+_NEXT_DUE: Final = (
+    "SELECT min(due_at) FROM outbox WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at > ?"
+)
+_OPEN_SINKS: Final = "SELECT DISTINCT sink FROM outbox WHERE state IN ('pending','delivering','retryable')"
+_MARK: Final = (
+    "UPDATE outbox SET state = ?, attempts = ?, due_at = ?, delivered_at = ?, position = ?, last_error = ?"
+    " WHERE entry_seq = ? AND sink = ? AND state = ?"
+)
+_INSERT_TRY: Final = "INSERT OR REPLACE INTO tries (entry_seq, sink, n, at, outcome, reason) VALUES (?,?,?,?,?,?)"
+_LAST_POSITION: Final = "SELECT max(position) FROM outbox WHERE sink = ?"
+
+
+class NewEntry(msgspec.Struct):
+    """An entry to be written, with the sinks it goes to (none: kept and shown only)."""
+
+    delivery_id: str
+    task_seq: int | None
+    run: int
+    attempt: int
+    kind: Kind
+    key: str
+    type: str
+    payload: bytes
+    sinks: Sequence[str]
+    blob: str | None = None
+    dead_reason: str | None = None  # set aside at once: rows are `dead` with this reason
+    due_at: int | None = None
+
+
+class DueRow(msgspec.Struct, frozen=True):
+    entry_seq: int
+    sink: str
+    state: RowState
+    attempts: int
+    created_at: int
+    delivery_id: str
+    type: str
+    kind: str
+    key: str
+    task_id: str | None
+    payload: bytes
+    blob: str | None
+    sha256: bytes
+    due_at: int
+
+
+class Mark(msgspec.Struct, frozen=True):
+    """What became of one send."""
+
+    entry_seq: int
+    sink: str
+    was: RowState  # the state in the journal
+    event: RowEvent
+    attempts: int  # after it
+    due_at: int | None = None
+    position: int | None = None
+    error: str | None = None
+
+
+def entry_exists(source: Transaction | sqlite3.Connection, delivery_id: str) -> tuple[int, bytes] | None:
+    """(seq, sha256 of the payload) of an entry already written, or None."""
+    row = source.execute("SELECT seq, sha256 FROM entries WHERE delivery_id = ?", (delivery_id,)).fetchone()
+    return None if row is None else (int(row[0]), bytes(row[1]))
+
+
+def add_entry(tx: Transaction, entry: NewEntry) -> int:
+    """Write an entry and its rows; returns its seq. The delivery id must be new."""
+    seq = tx.next_entry_seq()
+    digest = hashlib.sha256(entry.payload).digest()
+    tx.execute(
+        _INSERT_ENTRY,
+        (seq, entry.delivery_id, entry.task_seq, entry.run, entry.attempt, entry.kind, entry.key, entry.type, tx.now_us,
+         len(entry.payload), digest, entry.payload, entry.blob),
+    )  # fmt: skip
+    dead = entry.dead_reason is not None
+    state = RowState.DEAD if dead else RowState.PENDING
+    due_at = None if dead else entry.due_at or tx.now_us
+    for sink in entry.sinks:
+        tx.execute(_INSERT_ROW, (seq, sink, state.value, tx.now_us, due_at, entry.dead_reason))
+        tx.count_outbox(sink, state.value, 1)
+    return seq
+
+
+def add_row(tx: Transaction, entry_seq: int, sink: str) -> None:
+    """One more sink for an entry that exists."""
+    tx.execute(_INSERT_ROW, (entry_seq, sink, RowState.PENDING.value, tx.now_us, tx.now_us, None))
+    tx.count_outbox(sink, RowState.PENDING.value, 1)
+
+
+def due(source: sqlite3.Connection | Transaction, sink: str, now_us: int, limit: int) -> list[DueRow]:
+    """Rows whose time has come, the longest due first; with their payloads."""
+    return [DueRow(r[0], r[1], RowState(r[2]), *r[3:]) for r in source.execute(_DUE, (sink, now_us, limit))]
+
+
+def next_due(source: sqlite3.Connection | Transaction, sink: str, after_us: int) -> int | None:
+    row = source.execute(_NEXT_DUE, (sink, after_us)).fetchone()
+    return None if row is None or row[0] is None else int(row[0])
+
+
+def open_sinks(source: sqlite3.Connection | Transaction) -> set[str]:
+    return {row[0] for row in source.execute(_OPEN_SINKS)}
+
+
+def mark(tx: Transaction, marks: Iterable[Mark]) -> list[Mark]:
+    """Record outcomes. A row that has moved meanwhile (a person dropped it) is left as it is and not returned."""
+    done = []
+    for item in marks:
+        state = next_row_state(RowState.DELIVERING, item.event)
+        delivered_at = tx.now_us if state is RowState.DELIVERED else None
+        cursor = tx.execute(
+            _MARK,
+            (state.value, item.attempts, item.due_at, delivered_at, item.position, item.error, item.entry_seq, item.sink,
+             item.was.value),
+        )  # fmt: skip
+        if cursor.rowcount != 1:
+            continue
+        tx.count_outbox(item.sink, item.was.value, -1)
+        tx.count_outbox(item.sink, state.value, 1)
+        done.append(item)
+    return done
+
+
+def record_try(tx: Transaction, entry_seq: int, sink: str, n: int, outcome: str, reason: str | None) -> None:
+    tx.execute(_INSERT_TRY, (entry_seq, sink, n, tx.now_us, outcome, reason))
+
+
+def change_row(tx: Transaction, entry_seq: int, sink: str, event: RowEvent, **columns: Any) -> RowState:
+    """A person's word on one row (retry, hold, release, drop). Raises IllegalTransition."""
+    row = tx.one("SELECT state FROM outbox WHERE entry_seq = ? AND sink = ?", (entry_seq, sink))
+    assert row is not None, f"no outbox row {entry_seq} {sink}"
+    was = RowState(row[0])
+    state = next_row_state(was, event)
+    names = "".join(f", {name} = ?" for name in columns)
+    tx.execute(
+        f"UPDATE outbox SET state = ?{names} WHERE entry_seq = ? AND sink = ? AND state = ?",  # noqa: S608 - fixed names
+        (state.value, *columns.values(), entry_seq, sink, was.value),
+    )
+    tx.count_outbox(sink, was.value, -1)
+    tx.count_outbox(sink, state.value, 1)
+    return state
+
+
+def last_position(source: sqlite3.Connection | Transaction, sink: str) -> int:
+    """The highest position that the journal knows for an append sink (retention keeps it in meta)."""
+    row = source.execute(_LAST_POSITION, (sink,)).fetchone()
+    kept = source.execute("SELECT value FROM meta WHERE key = ?", (f"position:{sink}",)).fetchone()
+    return max(int(row[0] or 0), int(kept[0]) if kept else 0)
