@@ -11,6 +11,7 @@ import sys
 
 EXIT_INTERRUPTED = 130
 EXIT_OUTPUT_CLOSED = 141
+COMPLETION_VARIABLE = "_AGENTQCTL_COMPLETE"
 
 
 def main() -> int:
@@ -34,14 +35,18 @@ def run(argv: list[str]) -> int:
 
     from agentqd.cli.group import agentqctl
     from agentqd.cli.output import OutputClosedError
-    from agentqd.core.errors import EXIT_USAGE, AgentqError
+    from agentqd.core.errors import AgentqError
 
     try:
-        code = agentqctl.main(args=argv, prog_name="agentqctl", standalone_mode=False)
+        if COMPLETION_VARIABLE in os.environ:
+            agentqctl.main(args=argv, prog_name="agentqctl")  # answers the shell and exits
+        # Not click's own main(): it prints on Ctrl-C and has its own mind about closed pipes.
+        with agentqctl.make_context("agentqctl", list(argv)) as context:
+            code = agentqctl.invoke(context)
         sys.stdout.flush()
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message(), file=sys.stderr)
-        return EXIT_USAGE
+    except click.exceptions.Exit as end:
+        sys.stdout.flush()
+        return end.exit_code
     except click.ClickException as error:
         return _usage(argv, error)
     except AgentqError as error:
@@ -75,6 +80,9 @@ def _usage(argv: list[str], error: object) -> int:
 
     assert isinstance(error, click.ClickException)
     message = error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError" and not wants_json(argv):  # a class only since click 8.2
+        write_error(message + "\n")
+        return EXIT_USAGE
     if wants_json(argv):
         out = Output(as_json=True)
         out.json({"error": "usage", "message": message})

@@ -58,7 +58,9 @@ def candidate_folders(where: Where, env: Mapping[str, str], uid: int) -> list[Fo
         where.state_dir or where.runtime_dir or env.get("AGENTQD_STATE_DIR") or env.get("AGENTQD_RUNTIME_DIR")
     )
     system = choose_folders({}, 0)
-    return [own] if named or own == system else [own, system]
+    if named or own == system or (os.path.isdir(own.queue) and not os.access(system.control_socket, os.W_OK)):
+        return [own]  # a system daemon that is closed to us must not hide our own, which is only down
+    return [own, system]
 
 
 def _folders_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from agentqd.core.errors import Unreachable
 from agentqd.core.limits import COMPLETIONS_BATCH_MAX
 
 FOLLOW_WAIT_S = 25
+POLL_MIN_S = 0.05
 
 
 def pull(
@@ -23,6 +25,8 @@ def pull(
     follow: bool,
     acknowledge: bool,
     put_away: Callable[[list[dict[str, Any]]], None],
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> int:
     """Hands each batch to `put_away`, which returns once the rows are safe; only then they are acknowledged. Returns
     how many. What was put away and not acknowledged (a crash, a lost daemon) comes again: at least once."""
@@ -32,6 +36,7 @@ def pull(
     while limit is None or count < limit:
         most = COMPLETIONS_BATCH_MAX if limit is None else min(COMPLETIONS_BATCH_MAX, limit - count)
         wait_s = FOLLOW_WAIT_S if follow else 0
+        asked = clock()
         query: Query = {"consumer": consumer, "limit": most, "wait_s": wait_s, "after": after}
         try:
             answer = box.connection.get("completions", query=query, extra_s=wait_s)
@@ -51,6 +56,8 @@ def pull(
                 after = take(rows[-1], "seq", int)
         if not follow and not (answer.get("more") and rows):
             break
+        if not rows and clock() - asked < POLL_MIN_S:
+            sleep(POLL_MIN_S)
     return count
 
 

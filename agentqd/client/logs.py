@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 from agentqd.client.box import Box
-from agentqd.client.connection import take
+from agentqd.client.connection import Query, take
 from agentqd.client.errors import BadAnswer
 from agentqd.client.patience import Patience, may_come_back
 from agentqd.core.errors import AgentqError, Unreachable
@@ -70,7 +71,7 @@ class LogReader:
                 patience.bear(error)
                 continue
             except AgentqError as error:
-                if error.code != "no_such_attempt" or (attempt is not None and self._finished()):
+                if error.code != "no_such_attempt" or self._finished():
                     raise
                 self._pause()
                 continue
@@ -104,12 +105,15 @@ class LogReader:
             self._pause()
 
     def _pause(self) -> None:
-        self._box.connection.get(
-            "tasks", self._id, "wait", query={"timeout_s": NEXT_ATTEMPT_POLL_S}, extra_s=NEXT_ATTEMPT_POLL_S
-        )
+        """A moment, or less if the task ends; an absent daemon is the next call's concern."""
+        query: Query = {"timeout_s": NEXT_ATTEMPT_POLL_S}
+        with suppress(Unreachable):
+            self._box.connection.get("tasks", self._id, "wait", query=query, extra_s=NEXT_ATTEMPT_POLL_S)
 
     def _finished(self) -> bool:
-        return bool(self._box.connection.get("tasks", self._id).get("state") == "finished")
+        with suppress(Unreachable):
+            return bool(self._box.connection.get("tasks", self._id).get("state") == "finished")
+        return False
 
     def _piece(self, attempt: int | None, offset: int, wait_s: int) -> Piece:
         query = {

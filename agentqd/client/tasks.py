@@ -16,6 +16,7 @@ from agentqd.core.errors import AgentqError, Unreachable
 
 RESENDS_MAX = 3
 RESEND_WAIT_S = 0.2
+POLL_MIN_S = 0.05
 
 
 def submit_task(
@@ -71,6 +72,7 @@ def wait_for(
     timeout_s: float | None = None,
     may_be_unread: bool = False,
     clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
     """The end of a task: `{"id", "state", "result", "reason", "exit_code", "finished"}`; `finished` is false only after
     `timeout_s`. `may_be_unread`: the line stands in the queue file, so "no such task" is "not yet" for a while."""
@@ -85,6 +87,7 @@ def wait_for(
         "finished": False,
     }
     while True:
+        asked = clock()
         left_s = LONG_POLL_S if until is None else max(0.0, min(LONG_POLL_S, until - clock()))
         try:
             last = box.connection.get(
@@ -103,6 +106,8 @@ def wait_for(
             may_be_unread = False
         if take(last, "finished", bool) or (until is not None and clock() >= until):
             return last
+        if clock() - asked < POLL_MIN_S:
+            sleep(POLL_MIN_S)  # a daemon that does not sit on the question must not be asked without pause
 
 
 def exit_code_of(end: dict[str, Any]) -> int:

@@ -106,9 +106,7 @@ TABLE: Final[dict[State, dict[Event, State]]] = {
     State.FINISHED: {Event.RETRY_REQUESTED: State.QUEUED},
 }
 
-WAITING_STATES: Final = frozenset(
-    {State.SCHEDULED, State.QUEUED, State.BLOCKED, State.HELD, State.RETRYABLE}
-)
+WAITING_STATES: Final = frozenset({State.SCHEDULED, State.QUEUED, State.BLOCKED, State.HELD, State.RETRYABLE})
 ACTIVE_STATES: Final = frozenset({State.RUNNING, State.STOPPING})
 
 

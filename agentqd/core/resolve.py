@@ -102,7 +102,9 @@ def resolve(task: TaskRequest, queue_name: str, runner_name: str, settings: Sett
     allow = task.expect.allow_no_work if task.expect is not None else None
     warning = pick("warning_signal")
     return Resolved(
-        run_timeout_s=float(task.timeout) if task.run_timeout is None and task.timeout is not None else seconds("run_timeout"),
+        run_timeout_s=float(task.timeout)
+        if task.run_timeout is None and task.timeout is not None
+        else seconds("run_timeout"),
         total_timeout_s=seconds("total_timeout"),
         queue_timeout_s=seconds("queue_timeout"),
         first_output_timeout_s=seconds("first_output_timeout"),
@@ -113,8 +115,12 @@ def resolve(task: TaskRequest, queue_name: str, runner_name: str, settings: Sett
         max_attempts=pick("max_attempts"),
         backoff=pick("backoff"),
         on_lost=pick("on_lost"),
-        on_conflict=task.on_conflict or queue.on_conflict or pick("on_conflict") or settings.writes.on_conflict,
-        intent_ttl_s=seconds("intent_ttl") or (None if settings.writes.ttl is None else float(settings.writes.ttl)),
+        on_conflict=task.on_conflict
+        or queue.on_conflict
+        or pick("on_conflict")
+        or settings.writes.on_conflict,
+        intent_ttl_s=seconds("intent_ttl")
+        or (None if settings.writes.ttl is None else float(settings.writes.ttl)),
         deliver_to=tuple(next(layer.deliver_to for layer in layers if layer.deliver_to is not None)),
         deliver_within_s=seconds("deliver_within"),
         dedup_ttl_s=seconds("dedup_ttl"),

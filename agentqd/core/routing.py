@@ -38,7 +38,12 @@ def sinks_for(
 
 def alert_sinks(settings: Settings, subject: Subject) -> list[str]:
     """Alerts go where `alerts.deliver_to` says and where a route that names their type leads."""
-    routed = [sink for route in settings.routes if route.match.type and _matches(route.match, subject) for sink in route.deliver_to]
+    routed = [
+        sink
+        for route in settings.routes
+        if route.match.type and _matches(route.match, subject)
+        for sink in route.deliver_to
+    ]
     return list(dict.fromkeys([*settings.alerts.deliver_to, *routed]))
 
 

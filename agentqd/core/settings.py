@@ -19,6 +19,7 @@ AfterPolicy = Literal["success", "any", "failure"]
 PromptWay = Literal["stdin", "argument", "file"]
 SINK_TYPES = ("completions", "file", "command", "webhook", "ssh", "email", "notify")
 
+
 class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
     """Base of every settings object: unknown keys are an error."""
 
@@ -82,7 +83,9 @@ class Runner(Strict, frozen=True):
     inherit_env: list[str] | None = None  # names or PREFIX_* taken from the daemon's environment
     env: dict[str, str] = {}
     env_files: list[str] = []  # KEY=VALUE lines: for secrets
-    result: str | None = None  # result format: text, claude-json, claude-stream-json, codex-jsonl, gemini-json, ...
+    result: str | None = (
+        None  # result format: text, claude-json, claude-stream-json, codex-jsonl, gemini-json, ...
+    )
     defaults: Defaults = Defaults()
 
 

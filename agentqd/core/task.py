@@ -94,7 +94,6 @@ class TaskRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 FIELD_NAMES: Final = tuple(TaskRequest.__struct_fields__)
 
 
-
 _decoder: Final = msgspec.json.Decoder(TaskRequest, dec_hook=decode_unit)
 _canonical: Final = msgspec.json.Encoder(order="sorted")
 
@@ -121,7 +120,9 @@ def _explain(raw: bytes, error: Exception) -> InvalidTask:
     except UnicodeDecodeError as bad:
         return InvalidTask(f"not UTF-8: byte {bad.start} is 0x{raw[bad.start]:02x}", code="invalid_utf8")
     if "\x00" in text:
-        return InvalidTask(f"a NUL byte at offset {text.index(chr(0))}; a line is plain JSON text", code="invalid_json")
+        return InvalidTask(
+            f"a NUL byte at offset {text.index(chr(0))}; a line is plain JSON text", code="invalid_json"
+        )
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as bad:
@@ -141,7 +142,9 @@ def _explain(raw: bytes, error: Exception) -> InvalidTask:
         known = ExpectFile.__struct_fields__ if "files" in field else Expect.__struct_fields__
         return unknown_field(unknown[1], known, inside=field)
     shown = f"{field}: {what[:1].lower()}{what[1:]}" if field else what
-    return InvalidTask(shown[:400], code="invalid_field", field=(field or "").split(".")[0].split("[")[0] or None)
+    return InvalidTask(
+        shown[:400], code="invalid_field", field=(field or "").split(".")[0].split("[")[0] or None
+    )
 
 
 def unknown_field(name: str, known: tuple[str, ...], inside: str | None = None) -> InvalidTask:
@@ -149,12 +152,22 @@ def unknown_field(name: str, known: tuple[str, ...], inside: str | None = None) 
     hint = f"; did you mean {near[0]}?" if near else f"; known fields: {', '.join(known)}"
     where = f" in {inside}" if inside else ""
     return InvalidTask(
-        f"unknown field {name[:80]!r}{where}{hint}", code="unknown_field", field=name[:80], nearest=near[0] if near else None
+        f"unknown field {name[:80]!r}{where}{hint}",
+        code="unknown_field",
+        field=name[:80],
+        nearest=near[0] if near else None,
     )
 
 
 def _kind(value: object) -> str:
-    names = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean", type(None): "null"}
+    names = {
+        list: "a list",
+        str: "a string",
+        int: "a number",
+        float: "a number",
+        bool: "a boolean",
+        type(None): "null",
+    }
     return names.get(type(value), type(value).__name__)
 
 
@@ -190,7 +203,9 @@ def _check_work(task: TaskRequest) -> None:
     if task.prompt is not None and task.prompt_ref is not None:
         raise _bad("prompt_ref", "give prompt or prompt_ref, not both")
     if task.prompt is not None and not task.prompt.strip():
-        raise _bad("prompt", "is empty or blank; an empty prompt is an error, not 'no work'", code="empty_prompt")
+        raise _bad(
+            "prompt", "is empty or blank; an empty prompt is an error, not 'no work'", code="empty_prompt"
+        )
     if task.prompt_ref is not None and (not task.prompt_ref.strip() or "\x00" in task.prompt_ref):
         raise _bad("prompt_ref", "is not a path")
     if task.command is not None:

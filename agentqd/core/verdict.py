@@ -17,7 +17,9 @@ import msgspec
 from agentqd.core.lifecycle import Result
 from agentqd.core.task import Expect
 
-TIMEOUT_INTENTS: Final = frozenset({"run_timeout", "total_timeout", "first_output_timeout", "silence_timeout"})
+TIMEOUT_INTENTS: Final = frozenset(
+    {"run_timeout", "total_timeout", "first_output_timeout", "silence_timeout"}
+)
 RESULT_GRACE: Final = "result_grace"
 CANCELLED: Final = "cancelled"
 
@@ -68,7 +70,9 @@ def judge(ended: Ended, evidence: Evidence, expect: Expect | None, *, allow_no_w
     if ended.intent is not None and ended.intent != RESULT_GRACE:
         return _our_intent(ended.intent)
     if ended.intent is None and ended.signal is not None:
-        return Verdict(Result.FAILED, "signal", f"ended by {signal_name(ended.signal)}, which agentqd did not send")
+        return Verdict(
+            Result.FAILED, "signal", f"ended by {signal_name(ended.signal)}, which agentqd did not send"
+        )
     if ended.intent is None and ended.exit_code != 0:
         return Verdict(Result.FAILED, "exit_code", f"exit code {ended.exit_code}")
     return _exit_zero(ended, evidence, expect or Expect(), allow_no_work)
@@ -103,7 +107,9 @@ def _unmet(evidence: Evidence, expect: Expect) -> Verdict | None:
             return Verdict(Result.FAILED, "expect_files", f"{wanted.path} is not there")
         if seen.bytes < wanted.min_bytes:
             return Verdict(
-                Result.FAILED, "expect_files", f"{wanted.path} has {seen.bytes} bytes, expected {int(wanted.min_bytes)}"
+                Result.FAILED,
+                "expect_files",
+                f"{wanted.path} has {seen.bytes} bytes, expected {int(wanted.min_bytes)}",
             )
         if wanted.changed and not seen.changed:
             return Verdict(Result.FAILED, "expect_files", f"{wanted.path} was not changed by this run")
@@ -115,7 +121,9 @@ def _unmet(evidence: Evidence, expect: Expect) -> Verdict | None:
         )
     if expect.min_duration is not None and evidence.duration_s < expect.min_duration:
         return Verdict(
-            Result.FAILED, "expect_duration", f"ran {evidence.duration_s:.1f} s, expected {float(expect.min_duration):g} s"
+            Result.FAILED,
+            "expect_duration",
+            f"ran {evidence.duration_s:.1f} s, expected {float(expect.min_duration):g} s",
         )
     if evidence.check_passed is False:
         return Verdict(Result.FAILED, "expect_check", evidence.check_detail)

@@ -44,7 +44,8 @@ def _folder(path: str, mode: int) -> None:
         os.makedirs(path, mode, exist_ok=True)
     except OSError as error:
         raise StateFolderError(
-            f"{path}: cannot be created: {error.strerror}; choose another with --state-dir / --runtime-dir", path=path
+            f"{path}: cannot be created: {error.strerror}; choose another with --state-dir / --runtime-dir",
+            path=path,
         ) from error
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         raise StateFolderError(f"{path}: is not writable for uid {os.geteuid()}", path=path)
@@ -62,4 +63,6 @@ def _open_to_group(folders: Folders, gid: int) -> None:
             os.chown(path, -1, gid)
             os.chmod(path, mode)
     except OSError as error:
-        raise StateFolderError(f"{error.filename}: cannot be opened to control.group: {error.strerror}") from error
+        raise StateFolderError(
+            f"{error.filename}: cannot be opened to control.group: {error.strerror}"
+        ) from error

@@ -15,8 +15,15 @@ import structlog
 from agentqd.core.settings import Log as LogSettings
 from agentqd.loops.box import Log
 
-_NEVER: Final = frozenset({"prompt", "env", "environment", "payload", "secret", "password", "content", "spec", "raw", "argv"})
-_LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+_NEVER: Final = frozenset(
+    {"prompt", "env", "environment", "payload", "secret", "password", "content", "spec", "raw", "argv"}
+)
+_LEVELS: Final = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
 _VALUE_CHARS_MAX: Final = 2000
 
 
@@ -51,7 +58,9 @@ def make_log(settings: LogSettings) -> Log:
         encode = msgspec.json.Encoder(enc_hook=repr).encode
         renderer = structlog.processors.JSONRenderer(serializer=lambda fields, **_: encode(fields).decode())
     else:
-        renderer = structlog.dev.ConsoleRenderer(timestamp_key="time", colors=sys.stderr.isatty(), sort_keys=False)
+        renderer = structlog.dev.ConsoleRenderer(
+            timestamp_key="time", colors=sys.stderr.isatty(), sort_keys=False
+        )
     logger = structlog.wrap_logger(
         structlog.PrintLogger(sys.stderr),
         processors=[*shared, renderer],

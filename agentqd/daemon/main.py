@@ -61,10 +61,22 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="A durable queue in, a durable outbox out, for long agent jobs. Runs in the foreground; logs on stderr.",
     )
     parser.add_argument("verb", nargs="?", choices=["run"], default="run", help="run (the default)")
-    parser.add_argument("--config", metavar="FILE", help=f"default: $AGENTQD_CONFIG, then {SYSTEM_CONFIG} or the user's own")
-    parser.add_argument("--state-dir", metavar="DIR", help="default: $AGENTQD_STATE_DIR, then /var/lib/agentqd or the user's own")
-    parser.add_argument("--runtime-dir", metavar="DIR", help="default: $AGENTQD_RUNTIME_DIR, then /run/agentqd or the user's own")
-    parser.add_argument("--stop-workers", action="store_true", help="end running workers too when the daemon is stopped")
+    parser.add_argument(
+        "--config", metavar="FILE", help=f"default: $AGENTQD_CONFIG, then {SYSTEM_CONFIG} or the user's own"
+    )
+    parser.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        help="default: $AGENTQD_STATE_DIR, then /var/lib/agentqd or the user's own",
+    )
+    parser.add_argument(
+        "--runtime-dir",
+        metavar="DIR",
+        help="default: $AGENTQD_RUNTIME_DIR, then /run/agentqd or the user's own",
+    )
+    parser.add_argument(
+        "--stop-workers", action="store_true", help="end running workers too when the daemon is stopped"
+    )
     parser.add_argument("--version", action="version", version=f"agentqd {__version__}")
     return parser.parse_args(argv)
 

@@ -55,7 +55,7 @@ class Options:
     stop_workers: bool
 
 
-class _Stop(Exception):  # noqa: N818 - not an error: the way out of the TaskGroup
+class _Stop(Exception):
     """SIGTERM or SIGINT."""
 
 
@@ -152,7 +152,9 @@ async def _serve_once(daemon: _Daemon, gid: int | None) -> None:
     await journal.open()
     daemon.opened += 1
     watchers = [_inotify(daemon.log) for _ in range(3)]
-    box = Box(folders, journal, daemon.settings, daemon.state_id, socket.gethostname(), daemon.clock, daemon.log)
+    box = Box(
+        folders, journal, daemon.settings, daemon.state_id, socket.gethostname(), daemon.clock, daemon.log
+    )
     box.draining = daemon.draining
     supervision = Supervision(box, watchers[1], may_start_supervisor=not daemon.notifier.on)
     try:
@@ -282,7 +284,7 @@ async def _stop_workers(supervision: Supervision) -> None:
         supervision.send_end(live.task.id, live.task.attempt, "shutdown")
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_STOP_WORKERS_MAX_S):
-            while supervision.live:
+            while supervision.live:  # noqa: ASYNC110 - at the end of a life, for a moment
                 await asyncio.sleep(0.02)
     if supervision.link.connected:
         supervision.link.send(wire.Leave())

@@ -79,7 +79,9 @@ def prepare(raw: bytes, source: dict[str, Any], place: bytes, box: Box) -> Candi
     if missing is not None:
         event, reason, wake = Event.ACCEPTED_BLOCKED, "prompt_missing", now + PROMPT_LOOK_AGAIN_US
     task_id, checks = _identity(request, raw, place)
-    content = content_digest(request, prompt_digest(prompt) if prompt is not None else None) if checks else b""
+    content = (
+        content_digest(request, prompt_digest(prompt) if prompt is not None else None) if checks else b""
+    )
     return Candidate(
         request=request,
         new=NewTask(
@@ -128,7 +130,12 @@ def _first_event(
     request: TaskRequest, queue: str, runner: str, settings: Settings, now: int
 ) -> tuple[Event, int | None]:
     simple = request.not_before is None and request.expires_at is None
-    if simple and request.total_timeout is None and request.queue_timeout is None and not _default_clocks(settings):
+    if (
+        simple
+        and request.total_timeout is None
+        and request.queue_timeout is None
+        and not _default_clocks(settings)
+    ):
         return Event.ACCEPTED, None
     times = wake_times(request, resolve(request, queue, runner, settings), now)
     wake = next_wake_us(times, now)
@@ -196,7 +203,9 @@ def admit(tx: Transaction, box: Box, candidates: Sequence[Candidate | InvalidTas
 
 
 def _state_after(event: Event) -> State:
-    return {Event.ACCEPTED_FOR_LATER: State.SCHEDULED, Event.ACCEPTED_BLOCKED: State.BLOCKED}.get(event, State.QUEUED)
+    return {Event.ACCEPTED_FOR_LATER: State.SCHEDULED, Event.ACCEPTED_BLOCKED: State.BLOCKED}.get(
+        event, State.QUEUED
+    )
 
 
 def _twice_in_batch(tx: Transaction, item: Candidate, first: Candidate) -> Outcome:
@@ -208,7 +217,9 @@ def _twice_in_batch(tx: Transaction, item: Candidate, first: Candidate) -> Outco
 
 def _conflict(item: Candidate) -> IdConflict:
     return IdConflict(
-        f"id: {item.new.id} is taken by a task with other content; use another id, or none", field="id", id=item.new.id
+        f"id: {item.new.id} is taken by a task with other content; use another id, or none",
+        field="id",
+        id=item.new.id,
     )
 
 
@@ -264,8 +275,7 @@ def _dedup_over(tx: Transaction, box: Box, first: TaskRow) -> bool:
         return False
     states = ",".join(f"'{state.value}'" for state in OPEN_STATES)
     undelivered = tx.one(
-        "SELECT 1 FROM outbox o JOIN entries e ON e.seq = o.entry_seq"
-        f" WHERE e.task_seq = ? AND o.state IN ({states}) LIMIT 1",  # noqa: S608 - fixed names
+        f"SELECT 1 FROM outbox o JOIN entries e ON e.seq = o.entry_seq WHERE e.task_seq = ? AND o.state IN ({states})",  # noqa: S608 - fixed names
         (first.seq,),
     )
     unpulled = tx.one(
@@ -305,5 +315,7 @@ def _take_over(tx: Transaction, item: Candidate, refused: TaskRow) -> Outcome:
         tx.execute("UPDATE tasks SET queue = ? WHERE seq = ?", (item.new.queue, moved.seq))
         moved = store.get(tx, moved.seq)
     if item.new.event is not Event.ACCEPTED:
-        moved = store.move_task(tx, moved, Event.BLOCKED, reason=item.new.reason, wake_at=item.new.wake_at or tx.now_us)
+        moved = store.move_task(
+            tx, moved, Event.BLOCKED, reason=item.new.reason, wake_at=item.new.wake_at or tx.now_us
+        )
     return Accepted(moved.id, moved.seq, moved.state)

@@ -14,7 +14,7 @@ from agentqd.storage.transaction import Transaction
 
 
 def alert(
-        tx: Transaction,
+    tx: Transaction,
     box: Box,
     kind: str,
     message: str,
@@ -25,7 +25,9 @@ def alert(
     **fields: Any,
 ) -> bool:
     """Say it once for (kind, task and run, key): in the outbox, the chain and the log. False if it was said before."""
-    entry_id = delivery_id(box.state_id, task.id if task else "", task.run if task else 0, "alert", f"{kind}:{key}")
+    entry_id = delivery_id(
+        box.state_id, task.id if task else "", task.run if task else 0, "alert", f"{kind}:{key}"
+    )
     if outbox.entry_exists(tx, entry_id) is not None:
         return False
     type_ = f"agentq.alert.{kind}"
@@ -54,7 +56,7 @@ def alert(
     )
     tx.event(task.id if task else None, "alert", alert=kind, message=message, delivery_id=entry_id)
     task_id = task.id if task else None
-    tx.after_commit(lambda: _say(box, kind, message, task_id))
+    tx.later(lambda: _say(box, kind, message, task_id))
     return True
 
 

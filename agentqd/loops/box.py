@@ -46,7 +46,14 @@ class Box:
     """One daemon's shared state. Settings are replaced whole by the reload loop; readers take them anew at each turn."""
 
     def __init__(
-        self, folders: Folders, journal: Journal, settings: Settings, state_id: str, name: str, clock: Clock, log: Log
+        self,
+        folders: Folders,
+        journal: Journal,
+        settings: Settings,
+        state_id: str,
+        name: str,
+        clock: Clock,
+        log: Log,
     ) -> None:
         self.folders = folders
         self.journal = journal

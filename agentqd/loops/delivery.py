@@ -9,6 +9,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import random
 import traceback
@@ -38,11 +39,15 @@ _BUILT_IN: Final = {COMPLETIONS: SinkSettings(type=COMPLETIONS), REJECTED: SinkS
 class SinkRunner:
     """One sink's loop: take what is due, send it, record what became of it."""
 
-    def __init__(self, box: Box, name: str, settings: SinkSettings, exec_: Exec, draw: Callable[[], float]) -> None:
+    def __init__(
+        self, box: Box, name: str, settings: SinkSettings, exec_: Exec, draw: Callable[[], float]
+    ) -> None:
         self.box = box
         self.name = name
         self.settings = settings
-        self.schedule: Schedule = schedule_for(name, settings if name not in _BUILT_IN else None, settings.type)
+        self.schedule: Schedule = schedule_for(
+            name, settings if name not in _BUILT_IN else None, settings.type
+        )
         self.kick = Signal()
         self.in_flight: set[int] = set()
         self.last_error: str | None = None
@@ -84,21 +89,27 @@ class SinkRunner:
                 failures += 1
                 continue
             if found:
-                await self.box.journal.commit(lambda tx: self._mark_found(tx, found))
+                await self.box.journal.commit(functools.partial(self._mark_found, found=found))
             return
 
-    def _mark_found(self, tx: Transaction, found: Sequence[Found]) -> None:
+    def _mark_found(self, tx: Transaction, *, found: Sequence[Found]) -> None:
         """Lines that were appended before the last daemon died, and not yet marked."""
         for item in found:
             known = outbox.entry_exists(tx, item.delivery_id)
             if known is None:
                 continue
-            row = tx.one("SELECT state, attempts FROM outbox WHERE entry_seq = ? AND sink = ?", (known[0], self.name))
+            row = tx.one(
+                "SELECT state, attempts FROM outbox WHERE entry_seq = ? AND sink = ?", (known[0], self.name)
+            )
             if row is None or row[0] not in {"pending", "retryable"}:
                 continue
-            mark = Mark(known[0], self.name, RowState(row[0]), RowEvent.ACKNOWLEDGED, row[1] + 1, None, item.position)
+            mark = Mark(
+                known[0], self.name, RowState(row[0]), RowEvent.ACKNOWLEDGED, row[1] + 1, None, item.position
+            )
             outbox.mark(tx, [mark])
-            tx.event(None, "delivery_found", sink=self.name, delivery_id=item.delivery_id, position=item.position)
+            tx.event(
+                None, "delivery_found", sink=self.name, delivery_id=item.delivery_id, position=item.position
+            )
 
     async def _due(self) -> list[DueRow]:
         now = self.box.clock.now_us()
@@ -151,7 +162,9 @@ class SinkRunner:
         except TimeoutError:
             return [Deferred(f"no answer within {self._sink.timeout_s:g} s")] * len(batch)
         except Exception as error:  # noqa: BLE001 - code we do not own meets us here
-            self.box.log.error("sink_failed", sink=self.name, error=repr(error), traceback=traceback.format_exc())
+            self.box.log.error(
+                "sink_failed", sink=self.name, error=repr(error), traceback=traceback.format_exc()
+            )
             return [Deferred(f"the sink failed: {error!r}"[:SINK_ERROR_CHARS_MAX])] * len(batch)
         if len(outcomes) != len(batch):
             return [Deferred(f"the sink answered {len(outcomes)} of {len(batch)} deliveries")] * len(batch)
@@ -159,14 +172,18 @@ class SinkRunner:
 
     def _check(self, row: DueRow) -> Outcome:
         if hashlib.sha256(row.payload).digest() != row.sha256:
-            return Rejected("the stored payload does not match its sha256: it was damaged on disk and is not sent")
+            return Rejected(
+                "the stored payload does not match its sha256: it was damaged on disk and is not sent"
+            )
         return Deferred("waits for a batch without a damaged payload", retry_after_s=0.1)
 
     def _mark(self, row: DueRow, outcome: Outcome, now: int) -> Mark:
         attempts = row.attempts + 1
         if isinstance(outcome, Delivered):
             self.last_error = None
-            return Mark(row.entry_seq, self.name, row.state, RowEvent.ACKNOWLEDGED, attempts, None, outcome.position)
+            return Mark(
+                row.entry_seq, self.name, row.state, RowEvent.ACKNOWLEDGED, attempts, None, outcome.position
+            )
         reason = outcome.reason[:SINK_ERROR_CHARS_MAX]
         self.last_error = reason
         if isinstance(outcome, Rejected):
@@ -178,20 +195,36 @@ class SinkRunner:
             return Mark(row.entry_seq, self.name, row.state, RowEvent.GAVE_UP, attempts, None, None, reason)
         return Mark(row.entry_seq, self.name, row.state, RowEvent.DEFERRED, attempts, due_at, None, reason)
 
-    def _record(self, tx: Transaction, batch: list[DueRow], outcomes: Sequence[Outcome], marks: list[Mark]) -> None:
+    def _record(
+        self, tx: Transaction, batch: list[DueRow], outcomes: Sequence[Outcome], marks: list[Mark]
+    ) -> None:
         done = {mark.entry_seq for mark in outbox.mark(tx, marks)}
         for row, outcome, mark in zip(batch, outcomes, marks, strict=True):
             if row.entry_seq not in done:
                 continue
             if isinstance(outcome, Delivered):
-                tx.event(row.task_id, "delivered", sink=self.name, delivery_id=row.delivery_id, position=outcome.position)
+                tx.event(
+                    row.task_id,
+                    "delivered",
+                    sink=self.name,
+                    delivery_id=row.delivery_id,
+                    position=outcome.position,
+                )
                 if row.attempts:
-                    outbox.record_try(tx, row.entry_seq, self.name, mark.attempts, "delivered", outcome.detail)
+                    outbox.record_try(
+                        tx, row.entry_seq, self.name, mark.attempts, "delivered", outcome.detail
+                    )
                 continue
             outbox.record_try(tx, row.entry_seq, self.name, mark.attempts, mark.event.value, mark.error)
             if mark.event is RowEvent.DEFERRED:
                 if row.attempts == 0:
-                    tx.event(row.task_id, "delivery_deferred", sink=self.name, delivery_id=row.delivery_id, reason=mark.error)
+                    tx.event(
+                        row.task_id,
+                        "delivery_deferred",
+                        sink=self.name,
+                        delivery_id=row.delivery_id,
+                        reason=mark.error,
+                    )
                 continue
             self._bury(tx, row, mark)
 
@@ -212,7 +245,14 @@ class SinkRunner:
 
         def unit(tx: Transaction) -> None:
             for n, text in enumerate(told):
-                alert(tx, self.box, "sink_file", f"{self.name}: {text}", key=f"{self.name}:{at}:{n}", sink=self.name)
+                alert(
+                    tx,
+                    self.box,
+                    "sink_file",
+                    f"{self.name}: {text}",
+                    key=f"{self.name}:{at}:{n}",
+                    sink=self.name,
+                )
 
         self.box.journal.submit(unit)
 

@@ -70,7 +70,9 @@ def scan(folder: str, blobs: str, taken: Mapping[str, Identity], how: How, entry
             return Scan([], 0, [])
         return Scan([], 0, [f"outbox/: {error.strerror}"])
     if len(names) > limits.ENTRIES_PER_TASK_MAX:
-        problems.append(f"outbox/ holds {len(names)} files; only the first {limits.ENTRIES_PER_TASK_MAX} are taken")
+        problems.append(
+            f"outbox/ holds {len(names)} files; only the first {limits.ENTRIES_PER_TASK_MAX} are taken"
+        )
     for name in names[: limits.ENTRIES_PER_TASK_MAX]:
         try:
             descriptor = os.open(f"{folder}/{name}", _OPEN)
@@ -97,10 +99,19 @@ def scan(folder: str, blobs: str, taken: Mapping[str, Identity], how: How, entry
     return Scan(handed, waiting, problems)
 
 
-def _read(descriptor: int, name: str, identity: Identity, blobs: str, how: How, entry_bytes_max: int) -> Handed:
+def _read(
+    descriptor: int, name: str, identity: Identity, blobs: str, how: How, entry_bytes_max: int
+) -> Handed:
     size = identity[1]
     if size > entry_bytes_max:
-        return Handed(name, identity, "", size, b"", broken=f"too_large: {size} bytes (limits.entry_bytes_max is {entry_bytes_max})")
+        return Handed(
+            name,
+            identity,
+            "",
+            size,
+            b"",
+            broken=f"too_large: {size} bytes (limits.entry_bytes_max is {entry_bytes_max})",
+        )
     if size > limits.ENTRY_INLINE_BYTES_MAX:
         digest, blob = _copy(descriptor, size, blobs)
         broken = "incomplete" if how == "killed" else None
@@ -142,7 +153,9 @@ def _copy(descriptor: int, size: int, blobs: str) -> tuple[str, str]:
     return digest.hexdigest(), path
 
 
-def record(tx: Transaction, box: Box, task: TaskRow, request: TaskRequest, attempt: int, found: list[Handed]) -> set[str]:
+def record(
+    tx: Transaction, box: Box, task: TaskRow, request: TaskRequest, attempt: int, found: list[Handed]
+) -> set[str]:
     """Write the entries that are new; tell of those that are not as they should be. Returns the sound keys, repeats too."""
     sound: set[str] = set()
     for item in found:
@@ -157,12 +170,21 @@ def record(tx: Transaction, box: Box, task: TaskRow, request: TaskRequest, attem
             _compare(tx, box, task, attempt, item, bytes(known[2]))
             continue
         _write(tx, box, task, request, attempt, item, entry_id, None)
-        tx.event(task.id, "entry_handed_over", key=item.key, attempt=attempt, bytes=item.size, delivery_id=entry_id)
+        tx.event(
+            task.id, "entry_handed_over", key=item.key, attempt=attempt, bytes=item.size, delivery_id=entry_id
+        )
     return sound
 
 
 def _write(
-    tx: Transaction, box: Box, task: TaskRow, request: TaskRequest, attempt: int, item: Handed, entry_id: str, dead: str | None
+    tx: Transaction,
+    box: Box,
+    task: TaskRow,
+    request: TaskRequest,
+    attempt: int,
+    item: Handed,
+    entry_id: str,
+    dead: str | None,
 ) -> None:
     type_ = "agentq.task.entry"
     data: dict[str, Any] = {
@@ -248,7 +270,9 @@ def _set_aside(
 ) -> None:
     """Dead at once, with an alert; its key stays free for the next attempt."""
     reason = broken.split(":", maxsplit=1)[0]
-    entry_id = delivery_id(box.state_id, task.id, task.run, "entry", f"{item.key}\x00{reason}\x00{attempt}\x00{item.sha256}")
+    entry_id = delivery_id(
+        box.state_id, task.id, task.run, "entry", f"{item.key}\x00{reason}\x00{attempt}\x00{item.sha256}"
+    )
     if outbox.entry_exists(tx, entry_id) is not None:
         return
     safe = msgspec.structs.replace(item, broken=broken)

@@ -192,7 +192,12 @@ def _fsync(path: str, problems: list[str]) -> None:
 def _fsync_folders(asked: Asked, work: str, found: list[tuple[str, os.stat_result]]) -> None:
     folders = {os.path.dirname(path) for path, _ in found}
     task = os.path.dirname(asked.folder)
-    for folder in (*sorted(folders | ({work} if found else set())), asked.folder, task, os.path.dirname(task)):
+    for folder in (
+        *sorted(folders | ({work} if found else set())),
+        asked.folder,
+        task,
+        os.path.dirname(task),
+    ):
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):

@@ -49,7 +49,9 @@ class Execs:
             async with asyncio.timeout(timeout_s + _ANSWER_MARGIN_S):
                 ended = await future
         except TimeoutError:
-            raise SupervisorUnavailable(f"the supervisor has not answered in {timeout_s + _ANSWER_MARGIN_S:g} s") from None
+            raise SupervisorUnavailable(
+                f"the supervisor has not answered in {timeout_s + _ANSWER_MARGIN_S:g} s"
+            ) from None
         except asyncio.CancelledError:
             self._cancel(ref)
             raise

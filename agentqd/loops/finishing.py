@@ -16,7 +16,7 @@ from agentqd.core.retry import LOST_REQUEUES_MAX, RETRIED_RESULTS, wait_s
 from agentqd.core.routing import Subject, sinks_for
 from agentqd.core.task import TaskRequest
 from agentqd.core.units import format_time
-from agentqd.core.verdict import Ended, Evidence, Verdict, judge
+from agentqd.core.verdict import CANCELLED, Ended, Evidence, Verdict, judge
 from agentqd.core.waking import total_deadline_us
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
@@ -60,7 +60,12 @@ def finish_attempt(tx: Transaction, box: Box, end: AttemptEnd) -> Finished | Non
     attempt = store.attempt_of(tx, task.seq, end.attempt)
     resolved = resolve(end.request, task.queue, task.runner, box.settings)
     sound = record(tx, box, task, end.request, end.attempt, end.handed)
-    keys = {row[0] for row in tx.execute("SELECT key FROM entries WHERE task_seq=? AND kind='entry' AND run=?", (task.seq, task.run))}
+    keys = {
+        row[0]
+        for row in tx.execute(
+            "SELECT key FROM entries WHERE task_seq=? AND kind='entry' AND run=?", (task.seq, task.run)
+        )
+    }
     evidence = _evidence(end, len(keys | sound | end.keys))
     verdict = _verdict(end, evidence, resolved)
     said = _close_attempt(tx, task, attempt, end, verdict, evidence)
@@ -71,8 +76,10 @@ def finish_attempt(tx: Transaction, box: Box, end: AttemptEnd) -> Finished | Non
         data = result_data(box, moved, end, evidence, said, tx.now_us)
         add_result(tx, box, moved, end.request, data)
     else:
-        moved = store.move_task(tx, task, event, said=said, reason=verdict.reason, detail=verdict.detail, wake_at=wake)
-        tx.after_commit(lambda: _log_attempt(box, moved, verdict, wake))
+        moved = store.move_task(
+            tx, task, event, said=said, reason=verdict.reason, detail=verdict.detail, wake_at=wake
+        )
+        tx.later(lambda: _log_attempt(box, moved, verdict, wake))
     return Finished(moved, verdict)
 
 
@@ -98,7 +105,9 @@ def _verdict(end: AttemptEnd, evidence: Evidence, resolved: Resolved) -> Verdict
     if end.exited is None:
         return Verdict(Result.LOST, end.lost_reason or "lost", "nobody knows how it ended")
     exited = end.exited
-    ended = Ended(exited.exit_code, exited.signal, exited.intent, exited.error if exited.pid is None else None)
+    ended = Ended(
+        exited.exit_code, exited.signal, exited.intent, exited.error if exited.pid is None else None
+    )
     return judge(ended, evidence, end.request.expect, allow_no_work=resolved.allow_no_work)
 
 
@@ -109,7 +118,9 @@ def _close_attempt(
     started = (exited.started_at if exited else None) or attempt.started_at
     ended = exited.ended_at if exited else tx.now_us
     if exited is not None and exited.pid is not None and attempt.pid is None:
-        tx.event(task.id, "worker_started", attempt=end.attempt, pid=exited.pid, at=format_time(exited.started_at))
+        tx.event(
+            task.id, "worker_started", attempt=end.attempt, pid=exited.pid, at=format_time(exited.started_at)
+        )
     store.update_attempt(
         tx,
         task.seq,
@@ -140,7 +151,9 @@ def evidence_json(end: AttemptEnd, evidence: Evidence) -> dict[str, Any]:
         "work_files": evidence.work_files,
     }
     if evidence.expected:
-        data["expected"] = [{"path": f.path, "bytes": f.bytes, "changed": f.changed} for f in evidence.expected]
+        data["expected"] = [
+            {"path": f.path, "bytes": f.bytes, "changed": f.changed} for f in evidence.expected
+        ]
     if evidence.check_passed is not None:
         data["check_passed"] = evidence.check_passed
     if exited is not None:
@@ -161,12 +174,14 @@ def _what_next(
     tx: Transaction, task: TaskRow, attempt: AttemptRow, verdict: Verdict, resolved: Resolved
 ) -> tuple[Event, int | None]:
     """The event that follows, and when a waiting task is to be looked at again."""
-    if attempt.intent == "cancelled":
+    if attempt.intent == CANCELLED:
         return Event.FINISHED, None
     if verdict.result is Result.LOST:
         if resolved.on_lost == "hold":
             return Event.ATTEMPT_HELD, None
-        lost = tx.one("SELECT count(*) FROM attempts WHERE task_seq=? AND run=? AND result='lost'", (task.seq, task.run))[0]
+        lost = tx.one(
+            "SELECT count(*) FROM attempts WHERE task_seq=? AND run=? AND result='lost'", (task.seq, task.run)
+        )[0]
         again = resolved.on_lost == "requeue" and lost < LOST_REQUEUES_MAX
     else:
         again = verdict.result in RETRIED_RESULTS and task.run_attempts < resolved.max_attempts
@@ -184,8 +199,19 @@ def _tell(tx: Transaction, box: Box, task: TaskRow, verdict: Verdict) -> None:
         message = f"task {task.id} ({task.name}) ended with exit 0 and did no work: {verdict.detail}"
         alert(tx, box, "no_work", message, task=task, key=str(task.attempt), attempt=task.attempt)
     elif verdict.result is Result.LOST:
-        message = f"the worker of task {task.id} ({task.name}), attempt {task.attempt}, was lost: {verdict.reason}"
-        alert(tx, box, "lost", message, task=task, key=str(task.attempt), attempt=task.attempt, reason=verdict.reason)
+        message = (
+            f"the worker of task {task.id} ({task.name}), attempt {task.attempt}, was lost: {verdict.reason}"
+        )
+        alert(
+            tx,
+            box,
+            "lost",
+            message,
+            task=task,
+            key=str(task.attempt),
+            attempt=task.attempt,
+            reason=verdict.reason,
+        )
 
 
 def _finish(tx: Transaction, task: TaskRow, event: Event, verdict: Verdict, said: dict[str, Any]) -> TaskRow:
@@ -202,11 +228,39 @@ def _finish(tx: Transaction, task: TaskRow, event: Event, verdict: Verdict, said
     )
 
 
+def withdraw_claim(tx: Transaction, box: Box, was: TaskRow) -> None:
+    """The worker provably never ran: the attempt is undone, its number is used again."""
+    task = store.get(tx, was.seq)
+    if task.attempt != was.attempt or task.state not in ACTIVE_STATES:
+        return
+    cancelled = store.attempt_of(tx, task.seq, task.attempt).intent == CANCELLED
+    tx.execute("DELETE FROM attempts WHERE task_seq = ? AND attempt = ?", (task.seq, task.attempt))
+    moved = store.move_task(
+        tx,
+        task,
+        Event.CLAIM_WITHDRAWN,
+        said={"attempt": task.attempt, "reason": "the supervisor went away before it started"},
+        attempt=task.attempt - 1,
+        run_attempts=task.run_attempts - 1,
+        reason=None,
+    )
+    if cancelled:
+        finish_waiting(tx, box, moved, Event.CANCELLED, Result.CANCELLED, CANCELLED)
+
+
 def finish_waiting(
-    tx: Transaction, box: Box, task: TaskRow, event: Event, result: Result, reason: str, detail: str | None = None
+    tx: Transaction,
+    box: Box,
+    task: TaskRow,
+    event: Event,
+    result: Result,
+    reason: str,
+    detail: str | None = None,
 ) -> TaskRow:
     """End a task that has no worker: cancelled, expired, refused, out of time. Its result is delivered like any other."""
-    moved = _finish(tx, task, event, Verdict(result, reason, detail), {"result": result.value, "reason": reason})
+    moved = _finish(
+        tx, task, event, Verdict(result, reason, detail), {"result": result.value, "reason": reason}
+    )
     request = _request_of(tx, task)
     end = AttemptEnd(task.id, task.attempt, request)
     add_result(tx, box, moved, request, result_data(box, moved, end, None, {}, tx.now_us))
@@ -271,7 +325,7 @@ def add_result(tx: Transaction, box: Box, task: TaskRow, request: TaskRequest, d
             sinks=sinks_for(box.settings, subject, request.deliver_to, resolved.deliver_to),
         ),
     )
-    tx.after_commit(lambda: _log_end(box, task, data))
+    tx.later(lambda: _log_end(box, task, data))
 
 
 def _log_end(box: Box, task: TaskRow, data: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from agentqd.loops.admission import Accepted, Candidate, Outcome, admit, prepare
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
 from agentqd.storage import outbox, sources
-from agentqd.storage.queuefile import Chunk, Position
+from agentqd.storage.queuefile import Chunk, Notice, Position
 from agentqd.storage.queuefolder import QueueFolder
 from agentqd.storage.transaction import Transaction
 from agentqd.system.inotify import InotifyUnavailable, Overflow, Watcher
@@ -48,7 +48,11 @@ class Intake:
         self.box = box
         self.inotify = inotify
         self.folder = QueueFolder(
-            box.folders.queue, positions, int(box.settings.limits.line_bytes_max), box.clock.now_us, group=group
+            box.folders.queue,
+            positions,
+            int(box.settings.limits.line_bytes_max),
+            box.clock.now_us,
+            group=group,
         )
         self.rejected = 0
         self.last_line_at: int | None = None
@@ -101,9 +105,13 @@ class Intake:
     async def _broken(self, chunk: Chunk, error: Exception) -> None:
         self.box.log.error("intake_failed", error=repr(error), lines=len(chunk.lines))
         if len(chunk.lines) > 1:
-            self._one_at_a_time = len(chunk.lines)  # nothing was committed: the same lines come again, one by one
+            self._one_at_a_time = len(
+                chunk.lines
+            )  # nothing was committed: the same lines come again, one by one
             return
-        wrong = InvalidTask(f"agentqd failed on this line: {error!r}; please report it"[:400], code="internal_error")
+        wrong = InvalidTask(
+            f"agentqd failed on this line: {error!r}; please report it"[:400], code="internal_error"
+        )
         reads = [Read(line, wrong) for line in chunk.lines]
         await self.box.journal.commit(lambda tx: self._record(tx, chunk, reads))
         self.folder.committed(chunk)
@@ -118,7 +126,9 @@ class Intake:
             )
             return [Read(line, wrong)]
         if line.unfinished:
-            wrong = InvalidTask("the line never got its newline, and its file has no writer any more", code="unfinished_line")
+            wrong = InvalidTask(
+                "the line never got its newline, and its file has no writer any more", code="unfinished_line"
+            )
             return [Read(line, wrong)]
         first = self._prepare(chunk, line)
         if not isinstance(first, InvalidTask) or first.code != "invalid_json":
@@ -133,7 +143,9 @@ class Intake:
         shift = line.raw.rindex(suffix)
         torn = Line(line.offset, shift, prefix)
         good = Line(line.offset + shift, line.length - shift, suffix)
-        wrong = InvalidTask("a torn line: its end is missing, and the next line was written right behind it", code="torn_line")
+        wrong = InvalidTask(
+            "a torn line: its end is missing, and the next line was written right behind it", code="torn_line"
+        )
         return [Read(torn, wrong), Read(good, self._prepare(chunk, good))]
 
     def _prepare(self, chunk: Chunk, line: Line) -> Candidate | InvalidTask:
@@ -159,14 +171,19 @@ class Intake:
                 key = hashlib.sha256(repr((notice.fields, tx.now_us // 1_000_000)).encode()).hexdigest()[:16]
                 alert(tx, self.box, f"queue_{notice.code}", notice.message, key=key, **notice.fields)
             else:
-                tx.after_commit(lambda notice=notice: self.box.log.info(f"queue_{notice.code}", message=notice.message))  # type: ignore[misc]
-        tx.after_commit(lambda: self._log(outcomes))
+                self._say_later(tx, notice)
+        tx.later(lambda: self._log(outcomes))
+
+    def _say_later(self, tx: Transaction, notice: Notice) -> None:
+        tx.later(lambda: self.box.log.info("queue_notice", code=notice.code, message=notice.message))
 
     def _log(self, outcomes: list[Outcome]) -> None:
         if len(outcomes) <= 20:
             for outcome in outcomes:
                 if isinstance(outcome, Accepted):
-                    self.box.log.info("task_accepted", task=outcome.task_id, state=outcome.state.value, door="file")
+                    self.box.log.info(
+                        "task_accepted", task=outcome.task_id, state=outcome.state.value, door="file"
+                    )
         else:
             accepted = sum(isinstance(outcome, Accepted) for outcome in outcomes)
             self.box.log.info("tasks_accepted", accepted=accepted, lines=len(outcomes), door="file")
@@ -177,7 +194,9 @@ class Intake:
         if now - self._maintained < _MAINTAIN_EVERY_S:
             return
         self._maintained = now
-        chunk = self.folder.maintain(self.box.clock.now_us(), int(self.box.settings.limits.queue_file_bytes_max))
+        chunk = self.folder.maintain(
+            self.box.clock.now_us(), int(self.box.settings.limits.queue_file_bytes_max)
+        )
         if chunk is not None and not chunk.is_empty:
             await self.box.journal.commit(lambda tx: self._record(tx, chunk, []))
             self.folder.committed(chunk)
@@ -219,9 +238,18 @@ def reject(tx: Transaction, box: Box, position: Position, line: Line, wrong: Inv
         "offset": line.offset,
     }
     _add(tx, box, told_id, "result", place, "agentq.task.refused", told, COMPLETIONS)
-    tx.event(None, "line_rejected", file=position.name, offset=line.offset, length=line.length, reason=wrong.code)
+    tx.event(
+        None, "line_rejected", file=position.name, offset=line.offset, length=line.length, reason=wrong.code
+    )
     where = f"{position.name} at byte {line.offset}"
-    alert(tx, box, "line_rejected", f"a line was not accepted ({where}): {wrong.message}", key=place, reason=wrong.code)
+    alert(
+        tx,
+        box,
+        "line_rejected",
+        f"a line was not accepted ({where}): {wrong.message}",
+        key=place,
+        reason=wrong.code,
+    )
 
 
 def _add(

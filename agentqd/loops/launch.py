@@ -53,7 +53,9 @@ def build_run(box: Box, task: TaskRow, request: TaskRequest, prompt_file_content
     limit_us = now + int(resolved.run_timeout_s * US)
     total = total_deadline_us(resolved, task.run_at)
     try:
-        argv = worker_argv(runner, request.command, prompt, f"{folder}/prompt", workdir or f"{folder}/work", task.id)
+        argv = worker_argv(
+            runner, request.command, prompt, f"{folder}/prompt", workdir or f"{folder}/work", task.id
+        )
         env = worker_env(
             runner,
             os.environ,

@@ -113,10 +113,20 @@ class Link(asyncio.Protocol):
         """Detached: its own session, no descriptor of ours; it outlives this daemon."""
         folders = self._box.folders
         os.makedirs(folders.runtime, mode=0o700, exist_ok=True)
-        log = os.open(f"{folders.runtime}/supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        log = os.open(
+            f"{folders.runtime}/supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
+        )
         try:
             child = subprocess.Popen(
-                [sys.executable, "-m", "agentqd.supervisor", "--state-dir", folders.state, "--runtime-dir", folders.runtime],
+                [
+                    sys.executable,
+                    "-m",
+                    "agentqd.supervisor",
+                    "--state-dir",
+                    folders.state,
+                    "--runtime-dir",
+                    folders.runtime,
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -75,7 +75,9 @@ class Liveness:
         if size == 0 or os.path.exists(self._reserve):
             return
         try:
-            descriptor = os.open(self._reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            descriptor = os.open(
+                self._reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+            )
             try:
                 os.posix_fallocate(descriptor, 0, size)
             finally:
@@ -138,7 +140,16 @@ class Liveness:
             if within is None or tx.now_us < since + int(within * US):
                 continue
             message = f"{entry_id} of task {task.id} ({task.name}) is not delivered to {sink} within {format_duration(within)}: {state}"
-            alert(tx, self.box, "undelivered", message, task=task, key=f"{entry_id}:{sink}", sink=sink, delivery_id=entry_id)
+            alert(
+                tx,
+                self.box,
+                "undelivered",
+                message,
+                task=task,
+                key=f"{entry_id}:{sink}",
+                sink=sink,
+                delivery_id=entry_id,
+            )
 
     async def _check_loops(self) -> None:
         for name in self.stalled():

@@ -39,8 +39,7 @@ def cancel(tx: Transaction, box: Box, supervision: Supervision, task_id: str) ->
         )
     if task.state in ACTIVE_STATES:
         return supervision.end_running(tx, task, CANCELLED)
-    moved = finish_waiting(tx, box, task, Event.CANCELLED, Result.CANCELLED, CANCELLED)
-    return moved
+    return finish_waiting(tx, box, task, Event.CANCELLED, Result.CANCELLED, CANCELLED)
 
 
 def hold(tx: Transaction, task_id: str) -> TaskRow:
@@ -78,7 +77,9 @@ def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
     )
 
 
-def change_rows(tx: Transaction, event: RowEvent, delivery_ids: list[str] | None, state: str | None, sink: str | None) -> int:
+def change_rows(
+    tx: Transaction, event: RowEvent, delivery_ids: list[str] | None, state: str | None, sink: str | None
+) -> int:
     """A person's word on outbox rows: named ones, or all that are in `state` (None: every state that can take the event)."""
     allowed = [each.value for each in RowState if event in TABLE[each]]
     if event is RowEvent.RETRY_REQUESTED and delivery_ids is None and state is None:

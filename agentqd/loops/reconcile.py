@@ -10,16 +10,14 @@ from __future__ import annotations
 import os
 import sqlite3
 
-from agentqd.core.lifecycle import Event, State
 from agentqd.core.task import TaskRequest, read_task
 from agentqd.core.verdict import CANCELLED
 from agentqd.loops.box import Box
-from agentqd.loops.finishing import AttemptEnd
+from agentqd.loops.finishing import AttemptEnd, withdraw_claim
 from agentqd.loops.scheduling import Claim
 from agentqd.loops.supervision import Live, Supervision
 from agentqd.storage import tasks as store
 from agentqd.storage.tasks import AttemptRow, TaskRow
-from agentqd.storage.transaction import Transaction
 from agentqd.supervisor import wire
 from agentqd.supervisor.exitfile import read_exit
 
@@ -60,7 +58,7 @@ async def reconcile(box: Box, supervision: Supervision, welcome: wire.Welcome) -
             _end(supervision, task, request, ended)
             counts["ended"] += 1
         elif attempt.boot_id == welcome.boot_id and _never_started(box, task):
-            await box.journal.commit(lambda tx, row=row: _withdraw(tx, row[0]))  # type: ignore[misc]
+            await box.journal.commit(lambda tx, row=row: withdraw_claim(tx, box, row[0]))  # type: ignore[misc]
             supervision.live.pop(task.id, None)
             counts["withdrawn"] += 1
         else:
@@ -82,7 +80,9 @@ def _active(connection: sqlite3.Connection) -> list[Row]:
     rows = []
     for task in store.active(connection):
         spec, prompt = store.spec_of(connection, task.seq)
-        rows.append((task, store.attempt_of(connection, task.seq, task.attempt), read_task(spec), spec, prompt))
+        rows.append(
+            (task, store.attempt_of(connection, task.seq, task.attempt), read_task(spec), spec, prompt)
+        )
     return rows
 
 
@@ -107,7 +107,9 @@ def _end(supervision: Supervision, task: TaskRow, request: TaskRequest, ended: w
 def _from_disk(box: Box, task: TaskRow) -> wire.Exited | None:
     """The exit.json of an earlier instance."""
     try:
-        folder = os.open(box.folders.attempt(task.id, task.attempt), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder = os.open(
+            box.folders.attempt(task.id, task.attempt), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        )
     except OSError:
         return None
     try:
@@ -122,27 +124,12 @@ def _never_started(box: Box, task: TaskRow) -> bool:
     return not os.path.lexists(f"{box.folders.attempt(task.id, task.attempt)}/started")
 
 
-def _withdraw(tx: Transaction, was: TaskRow) -> None:
-    """The worker provably never ran: the attempt is undone, its number is used again."""
-    task = store.get(tx, was.seq)
-    if task.attempt != was.attempt or task.state not in {State.RUNNING, State.STOPPING}:
-        return
-    tx.execute("DELETE FROM attempts WHERE task_seq = ? AND attempt = ?", (task.seq, task.attempt))
-    store.move_task(
-        tx,
-        task,
-        Event.CLAIM_WITHDRAWN,
-        said={"attempt": task.attempt, "reason": "the supervisor went away before it started"},
-        attempt=task.attempt - 1,
-        run_attempts=task.run_attempts - 1,
-        reason=None,
-    )
-
-
 async def _lose(box: Box, supervision: Supervision, welcome: wire.Welcome, lost: list[Row]) -> None:
     """No second start while a process of the first is alive: survivors go first."""
     if not supervision.survivors_gone.is_set():
-        box.log.warning("survivors", count=len(welcome.survivors), pids=[item.pid for item in welcome.survivors][:20])
+        box.log.warning(
+            "survivors", count=len(welcome.survivors), pids=[item.pid for item in welcome.survivors][:20]
+        )
         await supervision.survivors_gone.wait()
     for task, attempt, request, _, _ in lost:
         live = supervision.live.setdefault(task.id, Live(task, request))

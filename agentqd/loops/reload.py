@@ -15,12 +15,14 @@ from agentqd.core.errors import ConfigError
 from agentqd.core.settings import Settings
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
-from agentqd.storage.configfile import load_settings
+from agentqd.storage.configfile import Loaded, load_settings
 from agentqd.system.inotify import InotifyUnavailable, Overflow, Watcher
 
 _LOOK_EVERY_S: Final = 5.0
 _SETTLE_S: Final = 0.05  # an editor that writes in several steps
-_MASK: Final = 0x8 | 0x80 | 0x100 | 0x200 | 0x40 | 0x01000000  # CLOSE_WRITE, MOVED_TO, CREATE, DELETE, MOVED_FROM, ONLYDIR
+_MASK: Final = (
+    0x8 | 0x80 | 0x100 | 0x200 | 0x40 | 0x01000000
+)  # CLOSE_WRITE, MOVED_TO, CREATE, DELETE, MOVED_FROM, ONLYDIR
 
 
 class Reload:
@@ -65,9 +67,7 @@ class Reload:
         async with self._lock:
             self._seen = self._digest()
             try:
-                if not self._seen and (self._needed or self.sha256):
-                    raise ConfigError(f"{self.path}: the config file is gone; the settings stay as they were", problems=[])
-                loaded = load_settings(self.path if self._seen else None)
+                loaded = self._load()
             except ConfigError as error:
                 await self._refuse(error)
                 raise
@@ -79,6 +79,13 @@ class Reload:
             elif recovered:
                 self.box.log.info("config_unchanged", path=self.path)
             return changed
+
+    def _load(self) -> Loaded:
+        if not self._seen and (self._needed or self.sha256):
+            raise ConfigError(
+                f"{self.path}: the config file is gone; the settings stay as they were", problems=[]
+            )
+        return load_settings(self.path if self._seen else None)
 
     async def _apply(self, settings: Settings) -> None:
         self.applied_at = self.box.clock.now_us()
@@ -92,4 +99,6 @@ class Reload:
         self.box.log.error("config_refused", path=self.path, error=error.message)
         key = self._seen[:32]
         message = f"the edited config is not applied, the old one stays: {error.message}"[:2000]
-        await self.box.journal.commit(lambda tx: alert(tx, self.box, "bad_config", message, key=key, path=self.path))
+        await self.box.journal.commit(
+            lambda tx: alert(tx, self.box, "bad_config", message, key=key, path=self.path)
+        )

@@ -43,7 +43,9 @@ class Retention:
         seqs = await self.box.journal.read(self._old_tasks)
         if seqs:
             gone = await self.box.journal.commit(lambda tx: self._remove_tasks(tx, seqs))
-            await asyncio.to_thread(self._remove_folders, [task_id for task_id, _ in gone], [b for _, bs in gone for b in bs])
+            await asyncio.to_thread(
+                self._remove_folders, [task_id for task_id, _ in gone], [b for _, bs in gone for b in bs]
+            )
         events = await self.box.journal.commit(self._remove_events)
         return len(seqs) == _STEP or events == _EVENTS_STEP
 
@@ -79,12 +81,19 @@ class Retention:
         unpulled = 0
         self._keep_numbers(tx)
         for seq in seqs:
-            row = tx.one("SELECT id, queue, state, result FROM tasks WHERE seq = ? AND state = 'finished'", (seq,))
+            row = tx.one(
+                "SELECT id, queue, state, result FROM tasks WHERE seq = ? AND state = 'finished'", (seq,)
+            )
             if row is None:
                 continue
             if oldest is not None and self._unpulled(tx.connection, seq, oldest):
                 unpulled += 1
-            blobs = [b for (b,) in tx.execute("SELECT blob FROM entries WHERE task_seq = ? AND blob IS NOT NULL", (seq,))]
+            blobs = [
+                b
+                for (b,) in tx.execute(
+                    "SELECT blob FROM entries WHERE task_seq = ? AND blob IS NOT NULL", (seq,)
+                )
+            ]
             for sink, state, n in tx.execute(
                 "SELECT o.sink, o.state, count(*) FROM outbox o JOIN entries e ON e.seq = o.entry_seq"
                 " WHERE e.task_seq = ? GROUP BY o.sink, o.state",
@@ -92,7 +101,10 @@ class Retention:
             ).fetchall():
                 tx.count_outbox(sink, state, -n)
             for table in ("outbox", "tries"):
-                tx.execute(f"DELETE FROM {table} WHERE entry_seq IN (SELECT seq FROM entries WHERE task_seq = ?)", (seq,))  # noqa: S608
+                tx.execute(
+                    f"DELETE FROM {table} WHERE entry_seq IN (SELECT seq FROM entries WHERE task_seq = ?)",
+                    (seq,),
+                )
             for table in ("entries", "attempts", "intents", "dependencies"):
                 tx.execute(f"DELETE FROM {table} WHERE task_seq = ?", (seq,))  # noqa: S608 - fixed names
             tx.execute("DELETE FROM ids WHERE newest = ?", (row[0],))
@@ -108,7 +120,11 @@ class Retention:
 
     @staticmethod
     def _keep_numbers(tx: Transaction) -> None:
-        for key, value in (("task_seq", tx.numbers.task), ("entry_seq", tx.numbers.entry), ("event_seq", tx.numbers.event)):
+        for key, value in (
+            ("task_seq", tx.numbers.task),
+            ("entry_seq", tx.numbers.entry),
+            ("event_seq", tx.numbers.event),
+        ):
             tx.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
         for sink, position in tx.execute(
             "SELECT sink, max(position) FROM outbox WHERE position IS NOT NULL GROUP BY sink"

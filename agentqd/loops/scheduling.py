@@ -53,7 +53,7 @@ class Scheduler:
 
     def wake(self) -> None:
         """Something outside the journal changed (settings, pause, supervisor): choose again."""
-        self._box.journal.submit(lambda tx: None)
+        self._box.journal.submit(_nothing)
 
     def claim(self, tx: Transaction) -> None:
         target, box = self.target, self._box
@@ -61,7 +61,11 @@ class Scheduler:
             self._empty.discard(queue)
         if target is None or box.draining:
             return
-        names = [name for name in {"default", *box.settings.queues} if name not in self._empty and name not in self.paused]
+        names = [
+            name
+            for name in {"default", *box.settings.queues}
+            if name not in self._empty and name not in self.paused
+        ]
         if not names:
             return
         running = store.active_counts(tx)
@@ -90,7 +94,11 @@ class Scheduler:
         while free > 0 and ready:
             name = min(
                 ready,
-                key=lambda n: (running.get(n, 0) / self._box.concurrency(n), -ready[n][-1].priority, ready[n][-1].seq),
+                key=lambda n: (
+                    running.get(n, 0) / self._box.concurrency(n),
+                    -ready[n][-1].priority,
+                    ready[n][-1].seq,
+                ),
             )
             claims.append(self._take(tx, ready[name].pop(), target))
             running[name] = running.get(name, 0) + 1
@@ -129,5 +137,14 @@ def waiting_reason(task: TaskRow, box: Box, *, paused: bool, connected: bool, bu
         if not connected:
             return "no_supervisor"
         return "no_free_slot" if busy else "starting"
-    reasons = {State.SCHEDULED: "start_time", State.HELD: "held", State.RETRYABLE: "backoff", State.BLOCKED: "blocked"}
+    reasons = {
+        State.SCHEDULED: "start_time",
+        State.HELD: "held",
+        State.RETRYABLE: "backoff",
+        State.BLOCKED: "blocked",
+    }
     return None if task.state not in reasons else task.reason or reasons[task.state]
+
+
+def _nothing(tx: Transaction) -> None:
+    """A commit without a change: only for the claims that ride on it."""

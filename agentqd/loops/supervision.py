@@ -27,7 +27,7 @@ from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
 from agentqd.loops.dropfolder import RESULT_KEY, Identity, Scan
 from agentqd.loops.execs import Execs
-from agentqd.loops.finishing import AttemptEnd, finish_attempt
+from agentqd.loops.finishing import AttemptEnd, finish_attempt, withdraw_claim
 from agentqd.loops.launch import LaunchError, build_run, clocks
 from agentqd.loops.link import Link
 from agentqd.loops.scheduling import Claim, Scheduler, Target
@@ -37,7 +37,9 @@ from agentqd.storage.transaction import Transaction
 from agentqd.supervisor import wire
 from agentqd.system.inotify import InotifyUnavailable, Overflow, Watcher
 
-_NOTE_AFTER_S: Final = 0.02  # a worker that lives so long gets its pid into the journal and a watch on its drop folder
+_NOTE_AFTER_S: Final = (
+    0.02  # a worker that lives so long gets its pid into the journal and a watch on its drop folder
+)
 _FSYNC_TRIES: Final = 3
 _BATCH_MAX: Final = 256
 _WATCH_MASK: Final = 0x00000008 | 0x00000080 | 0x01000000  # IN_CLOSE_WRITE, IN_MOVED_TO, IN_ONLYDIR
@@ -114,6 +116,10 @@ class Supervision:
             self.scheduler.target = Target(welcome.instance, welcome.boot_id)
             self.scheduler.wake()
 
+    def _claim_again(self) -> None:
+        if self.link.welcome is not None and self.welcomes.empty():
+            self.open_for_claims(self.link.welcome)
+
     def _on_lost(self) -> None:
         self.scheduler.target = None
         self.execs.connection_lost()
@@ -122,7 +128,7 @@ class Supervision:
         if isinstance(report, wire.Running):
             self.on_running(report)
         elif isinstance(report, wire.Exited):
-            self._ends.put_nowait(report)
+            self._on_exited(report)
         elif isinstance(report, wire.ExecEnded):
             self.execs.ended(report)
         elif isinstance(report, wire.Ending):
@@ -131,6 +137,24 @@ class Supervision:
             self._submit(lambda tx: self._record_stuck(tx, report))
         elif isinstance(report, wire.SurvivorsGone):
             self.survivors_gone.set()
+
+    def _on_exited(self, report: wire.Exited) -> None:
+        """An end; two of them say that this supervisor never ran the attempt."""
+        live = self.live.get(report.task)
+        error = report.error if report.pid is None else None
+        if live is None or live.task.attempt != report.attempt or error is None:
+            self._ends.put_nowait(report)
+        elif error.startswith(wire.NOT_STARTED):
+            self.scheduler.target = None  # for a moment: it would only be handed back again
+            asyncio.get_running_loop().call_later(1.0, self._claim_again)
+            del self.live[report.task]
+            self._submit(lambda tx: withdraw_claim(tx, self.box, live.task))
+        elif error.startswith(wire.OTHER_INSTANCE):
+            self._ends.put_nowait(
+                AttemptEnd(report.task, report.attempt, live.request, lost_reason="supervisor_lost")
+            )
+        else:
+            self._ends.put_nowait(report)
 
     def on_running(self, report: wire.Running) -> None:
         live = self.live.get(report.task)
@@ -167,22 +191,39 @@ class Supervision:
 
     def _record_start(self, tx: Transaction, report: wire.Running) -> None:
         task = store.find(tx, report.task)
-        if task is None or task.attempt != report.attempt or task.state not in {State.RUNNING, State.STOPPING}:
+        if (
+            task is None
+            or task.attempt != report.attempt
+            or task.state not in {State.RUNNING, State.STOPPING}
+        ):
             return
         attempt = store.attempt_of(tx, task.seq, report.attempt)
         if attempt.pid is not None:
             return
         store.update_attempt(
-            tx, task.seq, report.attempt, pid=report.pid, pid_start=report.pid_start, started_at=report.started_at
+            tx,
+            task.seq,
+            report.attempt,
+            pid=report.pid,
+            pid_start=report.pid_start,
+            started_at=report.started_at,
         )
-        tx.event(task.id, "worker_started", attempt=report.attempt, pid=report.pid, at=format_time(report.started_at))
+        tx.event(
+            task.id,
+            "worker_started",
+            attempt=report.attempt,
+            pid=report.pid,
+            at=format_time(report.started_at),
+        )
 
     def _record_ending(self, tx: Transaction, task_id: str, attempt: int, intent: str) -> None:
         task = store.find(tx, task_id)
         if task is None or task.attempt != attempt or task.state is not State.RUNNING:
             return
-        store.move_task(tx, task, Event.STOP_BEGUN, said={"attempt": attempt, "intent": intent}, reason=intent)
-        tx.after_commit(lambda: self.box.task_changed(task_id))
+        store.move_task(
+            tx, task, Event.STOP_BEGUN, said={"attempt": attempt, "intent": intent}, reason=intent
+        )
+        tx.later(lambda: self.box.task_changed(task_id))
 
     def _record_stuck(self, tx: Transaction, report: wire.Stuck) -> None:
         task = store.find(tx, report.task)
@@ -293,7 +334,11 @@ class Supervision:
         """On the evidence thread: read, hash and fsync what the attempts left behind."""
         collected = []
         for live, item in ends:
-            end = item if isinstance(item, AttemptEnd) else AttemptEnd(item.task, item.attempt, live.request, item)
+            end = (
+                item
+                if isinstance(item, AttemptEnd)
+                else AttemptEnd(item.task, item.attempt, live.request, item)
+            )
             spawned = end.exited is not None and end.exited.pid is not None
             collected.append(self._look(live, end) if spawned else end)
         return collected
@@ -326,7 +371,12 @@ class Supervision:
     async def _with_check(self, end: AttemptEnd) -> AttemptEnd:
         """Run the task's own check, through the supervisor, where the rest of the evidence leaves room for success."""
         check = end.request.expect.check if end.request.expect is not None else None
-        if check is None or end.exited is None or end.exited.exit_code != 0 or end.exited.intent not in {None, RESULT_GRACE}:
+        if (
+            check is None
+            or end.exited is None
+            or end.exited.exit_code != 0
+            or end.exited.intent not in {None, RESULT_GRACE}
+        ):
             return end
         folder = self.box.folders.attempt(end.task_id, end.attempt)
         passed, detail = await self.execs.check(self.box, end, check, folder)

@@ -105,7 +105,9 @@ class Waker:
             self._go_on(tx, task, after)
 
     def _go_on(self, tx: Transaction, task: TaskRow, after: int | None) -> None:
-        event = {State.SCHEDULED: Event.START_TIME_REACHED, State.RETRYABLE: Event.BACKOFF_ENDED}.get(task.state)
+        event = {State.SCHEDULED: Event.START_TIME_REACHED, State.RETRYABLE: Event.BACKOFF_ENDED}.get(
+            task.state
+        )
         if event is Event.START_TIME_REACHED and not self._start_reached(tx, task):
             store.set_wake(tx, task.seq, after)
         elif event is not None:
@@ -116,14 +118,21 @@ class Waker:
     def _start_reached(self, tx: Transaction, task: TaskRow) -> bool:
         request = read_task(store.spec_of(tx, task.seq)[0])
         resolved = resolve(request, task.queue, task.runner, self.box.settings)
-        return all(at <= tx.now_us for at, what in wake_times(request, resolved, task.run_at) if what == "start_time")
+        return all(
+            at <= tx.now_us for at, what in wake_times(request, resolved, task.run_at) if what == "start_time"
+        )
 
     def _late(self, tx: Transaction, task: TaskRow, allowed_s: float) -> None:
         message = f"task {task.id} ({task.name}) has waited longer than its queue_timeout of {format_duration(allowed_s)}"
         alert(tx, self.box, "queue_timeout", message, task=task, state=task.state.value)
 
     def _prompt(
-        self, tx: Transaction, task: TaskRow, request: TaskRequest, found: bytes | InvalidTask | None, after: int | None
+        self,
+        tx: Transaction,
+        task: TaskRow,
+        request: TaskRequest,
+        found: bytes | InvalidTask | None,
+        after: int | None,
     ) -> None:
         if isinstance(found, InvalidTask):
             finish_waiting(tx, self.box, task, Event.REFUSED, Result.REFUSED, found.code, found.message)
@@ -131,14 +140,25 @@ class Waker:
             said = {"prompt_sha256": prompt_digest(found), "bytes": len(found)}
             content = content_digest(request, prompt_digest(found)) if task.content else b""
             later = any(at > tx.now_us for at, what in wake_times(request, resolve(request, task.queue, task.runner, self.box.settings), task.run_at) if what == "start_time")  # fmt: skip
-            moved = store.move_task(tx, task, Event.UNBLOCKED, said=said, reason=None, wake_at=after, prompt=found, content=content)
+            moved = store.move_task(
+                tx,
+                task,
+                Event.UNBLOCKED,
+                said=said,
+                reason=None,
+                wake_at=after,
+                prompt=found,
+                content=content,
+            )
             if later:
                 held = store.move_task(tx, moved, Event.HOLD_REQUESTED)
                 store.move_task(tx, held, Event.RELEASED_FOR_LATER, wake_at=after)
         elif tx.now_us - task.run_at >= int(self.box.settings.limits.late_prompt * US):
             waited = format_duration(float(self.box.settings.limits.late_prompt))
             detail = f"prompt_ref {request.prompt_ref!r} was not there within {waited}"
-            moved = finish_waiting(tx, self.box, task, Event.REFUSED, Result.REFUSED, "prompt_missing", detail)
+            moved = finish_waiting(
+                tx, self.box, task, Event.REFUSED, Result.REFUSED, "prompt_missing", detail
+            )
             alert(tx, self.box, "prompt_missing", f"task {task.id} ({task.name}): {detail}", task=moved)
         else:
             store.set_wake(tx, task.seq, tx.now_us + PROMPT_LOOK_AGAIN_US)

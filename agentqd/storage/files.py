@@ -119,6 +119,31 @@ def create_empty(path: str, mode: int, group: int | None) -> None:
     fsync_folder(os.path.dirname(path) or ".")
 
 
+def make_folder(path: str, mode: int, group: int | None) -> None:
+    """A folder with this mode and group, its name durable. One that is there already stays as it is."""
+    try:
+        os.mkdir(path, mode)
+    except FileExistsError:
+        return
+    if group is not None:
+        os.chown(path, -1, group)
+    os.chmod(path, mode)
+    fsync_folder(os.path.dirname(os.path.abspath(path)))
+
+
+def regular_files(folder: str, preferred: str) -> dict[tuple[int, int], str]:
+    """Names by device and inode, of regular files only; `preferred`, where a file has several. Empty if unreadable."""
+    names: dict[tuple[int, int], str] = {}
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                found = entry.stat(follow_symlinks=False)
+                key = (found.st_dev, found.st_ino)
+                if stat.S_ISREG(found.st_mode) and (key not in names or entry.name == preferred):
+                    names[key] = entry.name
+    return names
+
+
 def rename_to_free_name(old: str, new: str) -> None:
     """Rename that never overwrites. Raises FileExistsError if `new` is taken."""
     if _renameat2 is not None:

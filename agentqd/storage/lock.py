@@ -26,7 +26,9 @@ def take_lock(path: str, who: str) -> int:
         if error.errno not in {errno.EAGAIN, errno.EACCES}:
             raise StateFolderError(f"cannot lock {path}: {error.strerror}", path=path) from error
         raise StateFolderError(
-            f"another {who} (pid {holder}) already serves this state folder: it holds {path}", pid=holder, path=path
+            f"another {who} (pid {holder}) already serves this state folder: it holds {path}",
+            pid=holder,
+            path=path,
         ) from error
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)

@@ -20,9 +20,7 @@ _INSERT_ENTRY: Final = (
     "INSERT INTO entries (seq, delivery_id, task_seq, run, attempt, kind, key, type, at, bytes, sha256, payload, blob)"
     " VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)"
 )
-_INSERT_ROW: Final = (
-    "INSERT INTO outbox (entry_seq, sink, state, attempts, created_at, due_at, last_error) VALUES (?,?,?,0,?,?,?)"
-)
+_INSERT_ROW: Final = "INSERT INTO outbox (entry_seq, sink, state, attempts, created_at, due_at, last_error) VALUES (?,?,?,0,?,?,?)"
 _ROW: Final = "SELECT entry_seq, sink, state, attempts, created_at, due_at, delivered_at, position, last_error FROM outbox"
 _DUE: Final = (
     "SELECT o.entry_seq, o.sink, o.state, o.attempts, o.created_at, e.delivery_id, e.type, e.kind, e.key, t.id,"
@@ -31,15 +29,15 @@ _DUE: Final = (
     " WHERE o.sink = ? AND o.state IN ('pending','delivering','retryable') AND o.due_at <= ?"
     " ORDER BY o.due_at, o.entry_seq LIMIT ?"
 )
-_NEXT_DUE: Final = (
-    "SELECT min(due_at) FROM outbox WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at > ?"
-)
+_NEXT_DUE: Final = "SELECT min(due_at) FROM outbox WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at > ?"
 _OPEN_SINKS: Final = "SELECT DISTINCT sink FROM outbox WHERE state IN ('pending','delivering','retryable')"
 _MARK: Final = (
     "UPDATE outbox SET state = ?, attempts = ?, due_at = ?, delivered_at = ?, position = ?, last_error = ?"
     " WHERE entry_seq = ? AND sink = ? AND state = ?"
 )
-_INSERT_TRY: Final = "INSERT OR REPLACE INTO tries (entry_seq, sink, n, at, outcome, reason) VALUES (?,?,?,?,?,?)"
+_INSERT_TRY: Final = (
+    "INSERT OR REPLACE INTO tries (entry_seq, sink, n, at, outcome, reason) VALUES (?,?,?,?,?,?)"
+)
 _LAST_POSITION: Final = "SELECT max(position) FROM outbox WHERE sink = ?"
 
 

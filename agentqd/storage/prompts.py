@@ -40,7 +40,10 @@ def read_prompt(ref: str, roots: Sequence[str], bytes_max: int) -> bytes | Missi
         finally:
             os.close(descriptor)
     if escaped or not any(_inside(os.path.normpath(path), root) for path, root in _candidates(ref, roots)):
-        raise _bad("prompt_outside", f"{ref}: lies outside the folders that prompts may come from: {', '.join(roots)}")
+        raise _bad(
+            "prompt_outside",
+            f"{ref}: lies outside the folders that prompts may come from: {', '.join(roots)}",
+        )
     return Missing(_candidates(ref, roots)[0][0])
 
 
@@ -66,7 +69,10 @@ def _read(descriptor: int, ref: str, bytes_max: int) -> bytes:
     if not stat.S_ISREG(status.st_mode):
         raise _bad("prompt_unreadable", f"{ref}: is not a regular file")
     if status.st_size > bytes_max:
-        raise _bad("prompt_too_large", f"{ref}: {status.st_size} bytes; the limit (limits.prompt_bytes_max) is {bytes_max}")
+        raise _bad(
+            "prompt_too_large",
+            f"{ref}: {status.st_size} bytes; the limit (limits.prompt_bytes_max) is {bytes_max}",
+        )
     with open(descriptor, "rb", closefd=False) as file:
         content = file.read(bytes_max + 1)
     if len(content) > bytes_max:

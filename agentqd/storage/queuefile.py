@@ -265,15 +265,17 @@ def is_newer_than_end_of(trace: Trace, btime_ns: int) -> bool:
     return bool(btime_ns) and trace.gone_ns is not None and btime_ns > trace.gone_ns
 
 
-def skip_common(old: Source, new: Source, bytes_max: int) -> None:
-    """Move `old` over what `new` will hand out as well: a deleted file and the copy that took its place.
+def skip_common(old: Source, new: Source, bytes_max: int, *, whole_lines: bool) -> None:
+    """Move `old` over what `new` has at the same place and hands out itself.
 
-    Both stand at the same offset behind the same bytes. Only whole lines, or all that `old` has.
+    Only whole lines; or also a last line without newline, where nobody will end it in `old` but `new` has it.
     """
     while True:
         left = os.pread(old.fd, bytes_max, old.offset)
         right = os.pread(new.fd, len(left), old.offset)
-        common = len(left) if left == right else left.rfind(b"\n", 0, _common_bytes(left, right)) + 1
+        common = _common_bytes(left, right)
+        if whole_lines or common < len(left):
+            common = left.rfind(b"\n", 0, common) + 1
         if common:
             old.move_to(old.offset + common, (old.tail + left[:common])[-TAIL_BYTES:])
         if common < len(left) or not left:
@@ -281,6 +283,8 @@ def skip_common(old: Source, new: Source, bytes_max: int) -> None:
 
 
 def _common_bytes(left: bytes, right: bytes) -> int:
+    if left == right:
+        return len(left)
     low, high = 0, min(len(left), len(right))
     while low < high:
         middle = (low + high + 1) // 2

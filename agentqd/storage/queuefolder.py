@@ -143,11 +143,11 @@ class QueueFolder:
         """Rotated before live, older before newer; a rotated file with a busy late writer takes turns with the rest."""
         if len(self._files.all) == 1:
             return list(self._files.all)
-        turns = sorted(self._files.all, key=lambda each: (each.role == "live", each.number))
+        turns = sorted(self._files.all, key=_turn)
         first = [each for each in turns if each.role == "rotated" and not each.drained]
         rest = [each for each in turns if each not in first]
-        cut = next((at + 1 for at, each in enumerate(rest) if each.number == self._last), 0)
-        return first + rest[cut:] + rest[:cut]
+        last = next((_turn(each) for each in turns if each.number == self._last), (True, 0))
+        return first + sorted(rest, key=lambda each: (_turn(each) <= last, _turn(each)))
 
     def _read_source(self, source: Source, want: Want, size: int | None) -> Found | None:
         try:
@@ -284,3 +284,7 @@ class QueueFolder:
                 self._files.tell(
                     "removed", f"{source.name} was consumed and is removed", "info", name=source.name
                 )
+
+
+def _turn(source: Source) -> tuple[bool, int]:
+    return source.role == "live", source.number

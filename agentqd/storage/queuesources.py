@@ -15,11 +15,12 @@ import errno
 import os
 import re
 import stat
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from agentqd.core import limits
-from agentqd.storage.files import create_empty, fsync_folder, kind_of
+from agentqd.storage.files import create_empty, kind_of, make_folder, regular_files
 from agentqd.storage.queuefile import (
     Level,
     Notice,
@@ -36,6 +37,7 @@ from agentqd.storage.queuefile import (
 LIVE_NAME: Final = "tasks.jsonl"
 OWN_NAME: Final = re.compile(r"tasks-\d{8}T\d{6}Z-\d+\.jsonl")  # what the daemon calls a file that it rotates
 ROTATED_AGE_US: Final = 3600 * 1_000_000
+LET_GO_MAX: Final = 1024
 LOOKS_MAX: Final = 4  # the live name may change hands while it is looked at
 
 
@@ -55,6 +57,9 @@ class QueueSources:
         self._group = group
         self._file_mode = file_mode if file_mode is not None else 0o600 if group is None else 0o660
         self._number = 0
+        self._let_go: deque[tuple[int, int]] = deque(
+            maxlen=LET_GO_MAX
+        )  # inode and birth time of files that stay
         self._obstacle = ""  # what stands in the live file's place, as told
         self._made_live = False  # the file that `look` is about to find is our own, new and empty
 
@@ -65,7 +70,7 @@ class QueueSources:
         self._number = max((position.source for position in positions), default=0)
         self.changed = True
         self._make_folder()
-        names = self._names()
+        names = regular_files(self.path, LIVE_NAME)
         ordered = sorted(positions, key=lambda each: each.source)
         missing = [position for position in ordered if not self._find_again(position, names)]
         for position in missing:
@@ -84,6 +89,8 @@ class QueueSources:
     def drop(self, source: Source) -> None:
         """This source is done with."""
         self.all.remove(source)
+        if not source.deleted:  # the number of a deleted file is used again at once
+            self._let_go.append((source.ino, source.btime_ns))
         os.close(source.fd)
         self.changed = True
 
@@ -147,11 +154,13 @@ class QueueSources:
             message = f"{self.live_path} is {kind}; it is not read: put a regular file there"
             self._block(f"{kind} {found.st_ino}", code, message, kind=kind)
         self.live = known
+        if new is not None:
+            self.all.append(new)  # known from here on, also if it is renamed at this moment
         if old is not None:
             self._displace(old, new)
         self._made_live = False
         if new is not None:
-            self._take_new(new)
+            self._count(new)  # after those that had the name before it
             self.live = new
             self._widen(new)
         return self.live is not None
@@ -161,7 +170,7 @@ class QueueSources:
         old.role, old.since_us, self.changed = "rotated", self._now_us(), True
         trace = old.trace()
         new_btime_ns = new.btime_ns if new is not None else 0
-        name = self._names().get((old.dev, old.ino))
+        name = regular_files(self.path, LIVE_NAME).get((old.dev, old.ino))
         if name is not None:
             old.name = name
             self.tell(
@@ -175,7 +184,7 @@ class QueueSources:
         heir = new if new is not None and not self._made_live and self._goes_on_in(trace, new, old) else None
         heir = self._adopt_between(trace, new_btime_ns, old, backup_of=heir) or heir
         if heir is not None:
-            skip_common(old, heir, limits.INTAKE_CHUNK_BYTES)
+            skip_common(old, heir, limits.INTAKE_CHUNK_BYTES, whole_lines=False)
             message = (
                 f"{LIVE_NAME} was replaced by a file with the same content; it goes on at byte {trace.offset}"
             )
@@ -205,31 +214,32 @@ class QueueSources:
         return True
 
     def _adopt_between(
-        self, trace: Trace, new_btime_ns: int, backup_of: Source | None = None
+        self, trace: Trace, new_btime_ns: int, old: Source | None = None, backup_of: Source | None = None
     ) -> Source | None:
         """Files that had the live name between two looks: born after the old one, before the new one, named tasks*.
 
-        With `backup_of` (the old file or the one that goes on in its place), what begins like it is a copy and is
-        not read. Without, the first that holds the consumed bytes goes on there, and is returned.
+        `old` is the old live file if it is still open; `backup_of` the file that hands out its lines, if that is
+        settled: a copy of it is read from where it differs. If it is not settled, the first file that holds the
+        consumed bytes goes on there, and is returned.
         """
         if not trace.btime_ns or not new_btime_ns:
             return None
         heir = None
         opened = [self._open(name, "rotated") for name in self._unknown_names() if name != LIVE_NAME]
         for source in sorted((each for each in opened if each is not None), key=lambda each: each.btime_ns):
-            if not trace.btime_ns <= source.btime_ns <= new_btime_ns:
+            is_between = trace.btime_ns <= source.btime_ns <= new_btime_ns
+            if not is_between or (source.ino, source.btime_ns) in self._let_go:
                 os.close(source.fd)
                 continue
-            if backup_of is not None and _has_same_head(source, backup_of):
-                os.close(source.fd)
-                message = f"{source.name} looks like a copy of {LIVE_NAME}; it is not read"
-                self.tell("not_read", message, name=source.name)
-                continue
-            self._take_new(source)
-            if backup_of is None and self._goes_on_in(trace, source, old):
+            self.all.append(source)
+            self._count(source)
+            is_heir = backup_of is None and self._goes_on_in(trace, source, old)
+            if is_heir:
                 heir = backup_of = source
-            message = f"{source.name} was {LIVE_NAME} for a moment; it is read too"
-            self.tell("rotated", message, "info", name=source.name)
+            elif (other := backup_of or old) is not None:
+                skip_common(source, other, limits.INTAKE_CHUNK_BYTES, whole_lines=True)
+            message = f"{source.name} was {LIVE_NAME} for a moment; it is read too, from byte {source.offset}"
+            self.tell("rotated", message, "info", name=source.name, offset=source.offset)
         return heir
 
     def _make_live(self) -> bool:
@@ -339,10 +349,9 @@ class QueueSources:
             self.live = source  # until `look` has seen whose name it is
         self.changed = True
 
-    def _take_new(self, source: Source) -> None:
+    def _count(self, source: Source) -> None:
         self._number += 1
         source.number = self._number
-        self.all.append(source)
         self.changed = True
 
     def _open(self, name: str, role: Role, position: Position | None = None) -> Source | None:
@@ -357,32 +366,16 @@ class QueueSources:
                 self._block(f"open {problem.errno}", "unreadable", message)
             return None
 
-    def _names(self) -> dict[tuple[int, int], str]:
-        """Regular files in the folder by device and inode; the live name, where a file has two."""
-        names: dict[tuple[int, int], str] = {}
-        with contextlib.suppress(OSError), os.scandir(self.path) as entries:
-            for entry in entries:
-                with contextlib.suppress(OSError):
-                    found = entry.stat(follow_symlinks=False)
-                    key = (found.st_dev, found.st_ino)
-                    if stat.S_ISREG(found.st_mode) and (key not in names or entry.name == LIVE_NAME):
-                        names[key] = entry.name
-        return names
-
     def _unknown_names(self) -> list[str]:
         known = {(source.dev, source.ino) for source in self.all}
-        return [name for key, name in self._names().items() if key not in known and name.startswith("tasks")]
+        return [
+            name
+            for key, name in regular_files(self.path, LIVE_NAME).items()
+            if key not in known and name.startswith("tasks")
+        ]
 
     def _make_folder(self) -> None:
-        mode = 0o700 if self._group is None else 0o770
-        try:
-            os.mkdir(self.path, mode)
-        except FileExistsError:
-            return
-        if self._group is not None:
-            os.chown(self.path, -1, self._group)
-        os.chmod(self.path, mode)
-        fsync_folder(os.path.dirname(os.path.abspath(self.path)))
+        make_folder(self.path, 0o700 if self._group is None else 0o770, self._group)
 
     def _block(self, obstacle: str, code: str, message: str, **fields: Any) -> None:
         """Told once, until something else stands there."""

@@ -9,7 +9,9 @@ from typing import Final
 from agentqd.storage.queuefile import Position
 from agentqd.storage.transaction import Transaction
 
-_SELECT: Final = "SELECT source, name, dev, ino, btime_ns, offset, digest, role, since FROM sources ORDER BY source"
+_SELECT: Final = (
+    "SELECT source, name, dev, ino, btime_ns, offset, digest, role, since FROM sources ORDER BY source"
+)
 _UPSERT: Final = (
     "INSERT OR REPLACE INTO sources (source, name, dev, ino, btime_ns, offset, digest, role, since)"
     " VALUES (?,?,?,?,?,?,?,?,?)"
@@ -22,7 +24,17 @@ def load(source: sqlite3.Connection | Transaction) -> list[Position]:
 
 def save(tx: Transaction, positions: Iterable[Position], dropped: Iterable[int]) -> None:
     for p in positions:
-        row = (p.source, p.name, _signed(p.dev), _signed(p.ino), p.btime_ns, p.offset, p.digest, p.role, p.since_us)
+        row = (
+            p.source,
+            p.name,
+            _signed(p.dev),
+            _signed(p.ino),
+            p.btime_ns,
+            p.offset,
+            p.digest,
+            p.role,
+            p.since_us,
+        )
         tx.execute(_UPSERT, row)
     for number in dropped:
         tx.execute("DELETE FROM sources WHERE source = ?", (number,))

@@ -29,12 +29,12 @@ _INSERT: Final = (
 _SPEC: Final = "SELECT spec, prompt FROM tasks WHERE seq = ?"
 _HEAD: Final = f"{_SELECT} WHERE queue = ? AND state = 'queued' ORDER BY priority DESC, seq LIMIT ?"
 _ACTIVE: Final = f"{_SELECT} WHERE state IN ('running', 'stopping')"
-_ACTIVE_COUNTS: Final = "SELECT queue, count(*) FROM tasks WHERE state IN ('running', 'stopping') GROUP BY queue"
+_ACTIVE_COUNTS: Final = (
+    "SELECT queue, count(*) FROM tasks WHERE state IN ('running', 'stopping') GROUP BY queue"
+)
 _DUE: Final = f"{_SELECT} WHERE wake_at IS NOT NULL AND wake_at <= ? ORDER BY wake_at LIMIT ?"
 _NEXT_WAKE: Final = "SELECT min(wake_at) FROM tasks WHERE wake_at IS NOT NULL"
-_INSERT_ATTEMPT: Final = (
-    "INSERT INTO attempts (task_seq, attempt, run, epoch, instance, boot_id, claimed_at) VALUES (?,?,?,?,?,?,?)"
-)
+_INSERT_ATTEMPT: Final = "INSERT INTO attempts (task_seq, attempt, run, epoch, instance, boot_id, claimed_at) VALUES (?,?,?,?,?,?,?)"
 _ATTEMPT: Final = "SELECT * FROM attempts WHERE task_seq = ? AND attempt = ?"
 _ATTEMPTS: Final = "SELECT * FROM attempts WHERE task_seq = ? ORDER BY attempt"
 
@@ -164,7 +164,9 @@ def insert_tasks(tx: Transaction, tasks: Iterable[NewTask]) -> list[int]:
     return seqs
 
 
-def move_task(tx: Transaction, task: TaskRow, event: Event, /, said: dict[str, Any] | None = None, **columns: Any) -> TaskRow:
+def move_task(
+    tx: Transaction, task: TaskRow, event: Event, /, said: dict[str, Any] | None = None, **columns: Any
+) -> TaskRow:
     """Take `event` by the state table, guarded by the state that `task` shows. Returns the new row.
 
     `columns` are changed with it; `said` goes into the event. Raises IllegalTransition (nothing changed).

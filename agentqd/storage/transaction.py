@@ -49,22 +49,41 @@ class Numbers:
 
     @classmethod
     def load(cls, connection: sqlite3.Connection) -> Numbers:
-        kept = dict(connection.execute("SELECT key, value FROM meta WHERE key IN ('task_seq','entry_seq','event_seq')"))
+        kept = dict(
+            connection.execute(
+                "SELECT key, value FROM meta WHERE key IN ('task_seq','entry_seq','event_seq')"
+            )
+        )
 
         def newest(table: str, key: str) -> int:
             row = connection.execute(f"SELECT max(seq) FROM {table}").fetchone()  # noqa: S608 - a fixed name
             return max(int(row[0] or 0), int(kept.get(key, 0)))
 
         row = connection.execute("SELECT hash FROM events ORDER BY seq DESC LIMIT 1").fetchone()
-        checkpoint = connection.execute("SELECT value FROM meta WHERE key = 'chain_checkpoint_hash'").fetchone()
+        checkpoint = connection.execute(
+            "SELECT value FROM meta WHERE key = 'chain_checkpoint_hash'"
+        ).fetchone()
         head = bytes(row[0]) if row else bytes(checkpoint[0]) if checkpoint else _GENESIS
-        return cls(newest("tasks", "task_seq"), newest("entries", "entry_seq"), newest("events", "event_seq"), head)
+        return cls(
+            newest("tasks", "task_seq"), newest("entries", "entry_seq"), newest("events", "event_seq"), head
+        )
 
 
 class Transaction:
     """Handed to every unit. Not to be kept beyond the unit."""
 
-    __slots__ = ("_after", "_events", "_outbox_counts", "_task_counts", "connection", "earliest_wake", "execute", "now_us", "numbers")
+    __slots__ = (
+        "_after",
+        "_events",
+        "_later",
+        "_outbox_counts",
+        "_task_counts",
+        "connection",
+        "earliest_wake",
+        "execute",
+        "now_us",
+        "numbers",
+    )
 
     def __init__(self, connection: sqlite3.Connection, numbers: Numbers, now_us: int) -> None:
         self.connection = connection
@@ -75,6 +94,7 @@ class Transaction:
         self._task_counts: list[tuple[str, str, str, int]] = []
         self._outbox_counts: list[tuple[str, str, int]] = []
         self._after: list[Callable[[], None]] = []
+        self._later: list[Callable[[], None]] = []
         self.earliest_wake: int | None = None  # the earliest wake_at that this transaction has set
 
     def will_wake(self, at_us: int | None) -> None:
@@ -114,6 +134,10 @@ class Transaction:
     def after_commit(self, action: Callable[[], None]) -> None:
         self._after.append(action)
 
+    def later(self, action: Callable[[], None]) -> None:
+        """The same, once everything urgent is done (log lines, wake-ups of waiting clients)."""
+        self._later.append(action)
+
     def queues_made_ready(self) -> set[str]:
         """The queues into which this transaction has put a task that may start."""
         return {queue for queue, state, _, change in self._task_counts if state == "queued" and change > 0}
@@ -124,25 +148,27 @@ class Transaction:
 
     # The journal's side.
 
-    def mark(self) -> tuple[int, int, int, int, Numbers]:
+    def mark(self) -> tuple[int, int, int, int, int, Numbers]:
         return (
             len(self._events),
             len(self._task_counts),
             len(self._outbox_counts),
             len(self._after),
+            len(self._later),
             self.numbers.copy(),
         )
 
-    def return_to(self, mark: tuple[int, int, int, int, Numbers]) -> None:
+    def return_to(self, mark: tuple[int, int, int, int, int, Numbers]) -> None:
         """Forget what a failed unit said (its rows are rolled back to its savepoint)."""
         del self._events[mark[0] :]
         del self._task_counts[mark[1] :]
         del self._outbox_counts[mark[2] :]
         del self._after[mark[3] :]
-        self.numbers = mark[4]
+        del self._later[mark[4] :]
+        self.numbers = mark[5]
 
-    def flush(self) -> list[Callable[[], None]]:
-        """Write events and sums; called once, last before COMMIT. Returns what is to be done after it."""
+    def flush(self) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
+        """Write events and sums; called once, last before COMMIT. Returns what is to be done after it, at once and later."""
         rows = []
         numbers, at = self.numbers, self.now_us
         head, seq = numbers.head, numbers.event
@@ -164,4 +190,4 @@ class Transaction:
             moved = [(*key, n) for key, n in sums.items() if n]
             if moved:
                 self.connection.executemany(sql, moved)
-        return self._after
+        return self._after, self._later

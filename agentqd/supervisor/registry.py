@@ -25,7 +25,7 @@ from agentqd.supervisor.context import Context
 from agentqd.supervisor.exitfile import read_exit, write_exit
 from agentqd.supervisor.folder import AlreadyStartedError, AttemptFolder, check_name, read_started
 from agentqd.supervisor.limits import DEFERRED_RUNS_MAX, EXIT_FILE_RETRY_S
-from agentqd.supervisor.wire import Clocks, Exited, Run, Running
+from agentqd.supervisor.wire import NOT_STARTED, OTHER_INSTANCE, Clocks, Exited, Run, Running
 
 AttemptKey = tuple[str, int]
 
@@ -65,12 +65,12 @@ class Registry:
         elif key in self._exited:
             self._context.tell(self._exited[key])
         elif self.leaving:
-            self._context.tell(self._not_run(run, "not started: the supervisor is leaving"))
+            self._context.tell(self._not_run(run, NOT_STARTED + "the supervisor is leaving"))
         elif self._has_survivors(run.task):
             if key in self._deferred or len(self._deferred) < DEFERRED_RUNS_MAX:
                 self._deferred[key] = (run, received_s)
             else:
-                self._context.tell(self._not_run(run, "not started: too many wait for survivors to end"))
+                self._context.tell(self._not_run(run, NOT_STARTED + "too many wait for survivors to end"))
         else:
             self._start(run, received_s)
 
@@ -98,7 +98,7 @@ class Registry:
         if attempt is not None:
             attempt.end_later(intent, after_s)
         elif waiting is not None:
-            self._context.tell(self._not_run(waiting[0], f"not started: {intent} while survivors were ended"))
+            self._context.tell(self._not_run(waiting[0], f"{NOT_STARTED}{intent} while survivors were ended"))
         else:
             self._tell_again(task, number)
 
@@ -151,7 +151,7 @@ class Registry:
             boot_id=started.boot_id if started else "unknown",
             started_at=started.at if started else None,
             ended_at=self._context.clock.now_us(),
-            error="started by another instance of the supervisor, which left no exit.json: its end is not known",
+            error=f"{OTHER_INSTANCE} of the supervisor, which left no exit.json: its end is not known",
         )
 
     def _failed(self, run: Run, error: str, folder: AttemptFolder | None) -> None:

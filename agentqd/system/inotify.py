@@ -211,4 +211,6 @@ def _unavailable(what: str, problem: OSError) -> InotifyUnavailable:
     if problem.errno == errno.EMFILE:
         hint += " (or the limit of open files, ulimit -n)"
     reason = os.strerror(problem.errno or 0)
-    return InotifyUnavailable(f"{what}: {reason}{hint}; until then the slow rescan does the work", sysctl=sysctl)
+    return InotifyUnavailable(
+        f"{what}: {reason}{hint}; until then the slow rescan does the work", sysctl=sysctl
+    )

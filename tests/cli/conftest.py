@@ -70,7 +70,7 @@ class Ctl:
             timeout=RUN_TIMEOUT_S, check=False,
         )  # fmt: skip
         assert b"Traceback" not in done.stderr, done.stderr.decode()
-        return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
+        return Done(done.returncode, done.stdout.decode(errors="surrogateescape"), done.stderr.decode())
 
     def on_terminal(self, *args: str, columns: int = 80) -> Done:
         """The same with a terminal of so many columns on stdout and stderr."""
@@ -98,7 +98,7 @@ class Ctl:
 @pytest.fixture
 def ctl() -> Iterator[Ctl]:
     root = tempfile.mkdtemp(prefix="aqc-")  # short: a socket's path has 107 bytes
-    for name in ("run", "state/queue", "home"):
+    for name in ("run", "state", "state/queue", "home"):
         os.makedirs(f"{root}/{name}", mode=0o700)
     yield Ctl(root)
     shutil.rmtree(root)

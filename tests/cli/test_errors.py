@@ -209,9 +209,11 @@ def test_a_body_is_read_whole_however_it_is_cut(chunks: list[bytes], piece: int,
     piece=st.integers(1, 50),
 )
 def test_no_bytes_whatever_are_more_than_a_typed_error(data: bytes, piece: int) -> None:
-    with contextlib.suppress(AnswerLost, BadAnswer):
-        with exchange(Scripted(data, piece), "GET", "/", body=None, timeout_s=1) as answer:
-            answer.read()
+    with (
+        contextlib.suppress(AnswerLost, BadAnswer),
+        exchange(Scripted(data, piece), "GET", "/", body=None, timeout_s=1) as answer,
+    ):
+        answer.read()
 
 
 def test_a_slow_answer_is_an_error_that_names_the_daemon(ctl: Ctl, daemon: StandIn) -> None:

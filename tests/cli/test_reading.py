@@ -80,8 +80,6 @@ def test_hostile_names_never_reach_the_terminal_and_every_line_fits(
     ctl: Ctl, daemon: StandIn, verb: list[str], columns: int
 ) -> None:
     fill(daemon, HOSTILE)
-    if verb == ["version"] and columns != 80:
-        pytest.skip("one is enough")
     done = ctl.on_terminal(*verb, columns=columns)
     text = COLOUR.sub("", done.out)
     bad = [
@@ -289,7 +287,7 @@ def test_the_shell_completes_verbs_options_and_task_ids(ctl: Ctl, daemon: StandI
     ctl.env |= {"COMP_WORDS": "agentqctl show abc", "COMP_CWORD": "2"}
     assert ctl().out == "plain,abc1\nplain,abc2\n"
     daemon.stop()
-    assert ctl().out == ""
+    assert ctl().out.strip() == ""
 
 
 def test_ids_sort_by_time_and_never_repeat() -> None:

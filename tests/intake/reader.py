@@ -31,7 +31,9 @@ class Reader:
 
     def _open(self) -> QueueFolder:
         positions = list(self.journal.values())
-        return QueueFolder(str(self.folder), positions, self.line_bytes_max, self.clock.now_us, **self.options)
+        return QueueFolder(
+            str(self.folder), positions, self.line_bytes_max, self.clock.now_us, **self.options
+        )
 
     def restart(self) -> None:
         """SIGKILL and a new start: only the journal is left."""

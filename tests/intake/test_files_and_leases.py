@@ -68,7 +68,7 @@ def test_links_fifos_and_folders_are_never_opened_as_files(tmp_path):
     (tmp_path / "folder").mkdir()
     before = len(os.listdir("/proc/self/fd"))
     for name in ("link", "fifo", "folder"):
-        with pytest.raises(OSError, match="regular|symbolic"):
+        with pytest.raises(OSError, match=r"regular|symbolic"):
             open_regular(str(tmp_path / name))
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -149,7 +149,9 @@ def test_a_writer_that_comes_while_a_lease_is_held_waits_and_kills_nobody(tmp_pa
         "    sys.stdin.readline()\n"
         "print('alive', flush=True)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", holder, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     assert process.stdout is not None
     assert process.stdin is not None
     assert process.stdout.readline() == b"held\n"

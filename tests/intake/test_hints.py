@@ -76,7 +76,9 @@ async def test_a_deleted_folder_is_told(watcher, tmp_path):
 async def test_more_events_than_the_kernel_keeps_are_an_overflow_and_then_hints_come_again(watcher, tmp_path):
     watcher.add(str(tmp_path), FOLDER_MASK, "queue")
     kept = int(pathlib.Path("/proc/sys/fs/inotify/max_queued_events").read_text())
-    files = [(tmp_path / name).open("ab", buffering=0) for name in ("a", "b")]  # in turns: like events are merged
+    files = [
+        (tmp_path / name).open("ab", buffering=0) for name in ("a", "b")
+    ]  # in turns: like events are merged
     if kept > 100_000:
         watcher._inotify.read = lambda timeout: iter([inotify.inotify_simple.Event(-1, 0x4000, 0, "")])
     else:
@@ -100,7 +102,8 @@ async def test_a_burst_is_merged_to_one_hint_a_file(watcher, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "sysctl"), [(errno.EMFILE, "fs.inotify.max_user_instances"), (errno.ENOSPC, "fs.inotify.max_user_watches")]
+    ("number", "sysctl"),
+    [(errno.EMFILE, "fs.inotify.max_user_instances"), (errno.ENOSPC, "fs.inotify.max_user_watches")],
 )
 async def test_a_limit_that_was_reached_is_named(monkeypatch, watcher, tmp_path, number, sysctl):
     def refuse(*_):

@@ -76,12 +76,16 @@ def test_no_more_lines_than_asked_for_are_taken():
 
 
 pieces = st.lists(
-    st.sampled_from([b"\n", b"\r\n", b"\n\n\n", b" ", b"\xef\xbb\xbf", b"{}", b'{"a":"b"}', b"\x00", b"\xff", b"x" * 30]),
+    st.sampled_from(
+        [b"\n", b"\r\n", b"\n\n\n", b" ", b"\xef\xbb\xbf", b"{}", b'{"a":"b"}', b"\x00", b"\xff", b"x" * 30]
+    ),
     max_size=40,
 ).map(b"".join)
 
 
-@given(pieces | st.binary(max_size=200), st.lists(st.integers(1, 17), min_size=1, max_size=8), st.integers(1, 5))
+@given(
+    pieces | st.binary(max_size=200), st.lists(st.integers(1, 17), min_size=1, max_size=8), st.integers(1, 5)
+)
 def test_the_same_lines_come_out_whatever_the_chunking(content, steps, lines_max):
     whole, consumed = split(content, limit=20)
     lines: list[Line] = []
@@ -145,7 +149,15 @@ def test_several_torn_lines_in_a_row_never_yield_anything_but_the_last_good_one(
 
 
 @pytest.mark.parametrize(
-    "prefix", [b'{"task":"a","env":', b'{"task":"a", "labels": [', b'[{"task":"x"},  ', b'{"a":1,', b'{"a":"\\\\", "b" :\t', b'{"a":"\\\\\\", "b :']
+    "prefix",
+    [
+        b'{"task":"a","env":',
+        b'{"task":"a", "labels": [',
+        b'[{"task":"x"},  ',
+        b'{"a":1,',
+        b'{"a":"\\\\", "b" :\t',
+        b'{"a":"\\\\\\", "b :',
+    ],
 )
 def test_a_whole_task_where_the_torn_line_expects_a_value_is_not_taken(prefix):
     assert split_glued(prefix + b'{"task":"b","prompt":"c"}') is None
@@ -161,7 +173,13 @@ def test_a_whole_task_behind_any_other_prefix_is_taken(prefix):
 
 
 @pytest.mark.parametrize(
-    "suffix", [b'{"task":"b"}', b'{"task":"b","prompt":" "}', b'{"task":"b","prompt":"c","wat":1}', b'{"task":"b","prompt":"c']
+    "suffix",
+    [
+        b'{"task":"b"}',
+        b'{"task":"b","prompt":" "}',
+        b'{"task":"b","prompt":"c","wat":1}',
+        b'{"task":"b","prompt":"c',
+    ],
 )
 def test_a_suffix_that_is_no_valid_task_is_not_taken(suffix):
     assert split_glued(b'{"task":"a","prom' + suffix) is None

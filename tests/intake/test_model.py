@@ -188,7 +188,11 @@ class QueueFolderHistory(RuleBasedStateMachine):
 
     # -- the daemon
 
-    @rule(max_bytes=st.integers(1, 600), max_lines=st.integers(1, 5), commit=st.sampled_from([True, True, True, False]))
+    @rule(
+        max_bytes=st.integers(1, 600),
+        max_lines=st.integers(1, 5),
+        commit=st.sampled_from([True, True, True, False]),
+    )
     def read(self, max_bytes: int, max_lines: int, commit: bool) -> None:
         self.replaced_unseen = False
         self.commit_some(self.reader.queue.read(max_bytes, max_lines), commit)
@@ -206,7 +210,9 @@ class QueueFolderHistory(RuleBasedStateMachine):
         self.replaced_unseen = False
         self.reader.clock.advance(hours * 3600)
         inode = self.reader.live.stat().st_ino
-        self.commit_some(self.reader.queue.maintain(self.reader.clock.now_us(), 0 if rotate else 10**9), commit)
+        self.commit_some(
+            self.reader.queue.maintain(self.reader.clock.now_us(), 0 if rotate else 10**9), commit
+        )
         with contextlib.suppress(FileNotFoundError):
             if self.reader.live.stat().st_ino != inode:
                 self.file += 1

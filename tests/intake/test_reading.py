@@ -60,7 +60,10 @@ def test_an_incomplete_line_waits_for_its_newline_and_costs_no_rereading(reader,
         read_bytes = []
         pread = os.pread
         monkeypatch.setattr(
-            queuefile.os, "pread", lambda fd, size, at: read_bytes.append(size) or pread(fd, size, at), raising=True
+            queuefile.os,
+            "pread",
+            lambda fd, size, at: read_bytes.append(size) or pread(fd, size, at),
+            raising=True,
         )
         for _ in range(50):
             assert reader.step() is None
@@ -275,7 +278,13 @@ def make_socket(path):
 
 
 @pytest.mark.parametrize(
-    ("make", "code"), [(os.mkdir, "not_a_file"), (make_fifo, "not_a_file"), (make_socket, "not_a_file"), (make_link, "symlink")]
+    ("make", "code"),
+    [
+        (os.mkdir, "not_a_file"),
+        (make_fifo, "not_a_file"),
+        (make_socket, "not_a_file"),
+        (make_link, "symlink"),
+    ],
 )
 def test_what_is_no_regular_file_is_told_once_and_never_read(reader, make, code):
     reader.append(task(1))
@@ -315,7 +324,9 @@ def test_a_file_that_cannot_be_opened_is_told_once_and_tried_again(reader, monke
 def test_an_input_error_is_told_once_and_the_line_comes_when_it_is_over(reader, monkeypatch):
     reader.append(task(1))
     with monkeypatch.context() as patched:
-        patched.setattr(queuefile.os, "pread", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        patched.setattr(
+            queuefile.os, "pread", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+        )
         reader.drain()
         reader.drain()
     assert reader.codes() == ["unreadable"]
@@ -338,8 +349,10 @@ def test_a_restored_backup_goes_on_where_it_was(reader):
 def test_an_inode_number_used_again_is_another_file(reader):
     reader.append(task(1))
     reader.drain()
-    (number, position), = reader.journal.items()
-    reader.journal[number] = queuefile.msgspec.structs.replace(position, btime_ns=position.btime_ns - 1, digest="0" * 64)
+    ((number, position),) = reader.journal.items()
+    reader.journal[number] = queuefile.msgspec.structs.replace(
+        position, btime_ns=position.btime_ns - 1, digest="0" * 64
+    )
     reader.restart()
     assert reader.drain() == [task(1)]
     assert reader.codes() == ["vanished"]

@@ -38,10 +38,14 @@ def start(kind: str, path: os.PathLike[str], first: int, last: int) -> subproces
     ends = [str(path), str(first), str(last)]
     if kind == "sh":
         return subprocess.Popen(["/bin/sh", "-c", SHELL_WRITER, "sh", *ends])
-    return subprocess.Popen([sys.executable, "-I", "-c", PYTHON_WRITER if kind == "python" else TORN_WRITER, *ends])
+    return subprocess.Popen(
+        [sys.executable, "-I", "-c", PYTHON_WRITER if kind == "python" else TORN_WRITER, *ends]
+    )
 
 
-def read_while(reader: Reader, writers: list[subprocess.Popen[bytes]], meanwhile=lambda turn: None, limit_s: float = 60) -> None:
+def read_while(
+    reader: Reader, writers: list[subprocess.Popen[bytes]], meanwhile=lambda turn: None, limit_s: float = 60
+) -> None:
     deadline = time.monotonic() + limit_s
     turn = 0
     while any(writer.poll() is None for writer in writers):
@@ -116,7 +120,9 @@ def test_long_lines_torn_between_writers_cost_only_themselves(make_reader):
             if glued is not None:
                 good.append(read_task(glued[1]).task)
     assert max(Counter(good).values()) == 1
-    assert content.count(b"\n") == len(reader.lines) + len(reader.rejected), "every line of the file came out, torn or not"
+    assert content.count(b"\n") == len(reader.lines) + len(reader.rejected), (
+        "every line of the file came out, torn or not"
+    )
     short = {name for name in good if int(name[1:]) >= 1000}
     assert len(short) == 300, "one write() never tears: each short line is whole, at worst behind a torn one"
 

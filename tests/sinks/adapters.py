@@ -16,7 +16,8 @@ from typing import ClassVar
 from agentqd.core.envelope import data_of
 from agentqd.core.settings import Sink as SinkSettings
 from agentqd.sinks import appendlog
-from agentqd.sinks.base import Delivery, Exec, ExecResult
+from agentqd.sinks.appendsink import AppendSink
+from agentqd.sinks.base import Delivered, Delivery, Exec, ExecResult
 
 from .conformance import Adapter, Condition, with_payload
 
@@ -235,3 +236,15 @@ class CommandAdapter(Adapter):
 
 ADAPTERS: tuple[type[Adapter], ...] = (CompletionsAdapter, RejectedAdapter, FileAdapter, CommandAdapter)
 APPENDING: tuple[type[AppendAdapter], ...] = (CompletionsAdapter, RejectedAdapter, FileAdapter)
+
+
+def appending(adapter: AppendAdapter) -> AppendSink:
+    sink = adapter.make()
+    assert isinstance(sink, AppendSink)
+    return sink
+
+
+def positions(outcomes: object) -> list[int | None]:
+    assert isinstance(outcomes, list)
+    assert all(isinstance(outcome, Delivered) for outcome in outcomes), outcomes
+    return [outcome.position for outcome in outcomes]

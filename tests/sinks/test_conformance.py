@@ -163,6 +163,10 @@ async def test_a_receiver_that_hangs_can_be_left_and_nothing_stays_half_open(ada
     assert adapter.received() == ids(some(2)), (
         "it hung before it took anything, or the sink knows that it was taken"
     )
+    await sink.deliver([delivery(2, attempts=2)])
+    assert adapter.received() == ids([*some(2), delivery(2)]), (
+        "what it knew is used up: sent again is sent again"
+    )
     assert {entry.partition(":")[2] for entry in open_descriptors()} == {e.partition(":")[2] for e in before}
     await sink.close()
 

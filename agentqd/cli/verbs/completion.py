@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
+from agentqd.cli.main import COMPLETION_VARIABLE
 from agentqd.cli.verb import Call, verb
 
 SHELLS = ("bash", "zsh", "fish")
-VARIABLE = "_AGENTQCTL_COMPLETE"
 
 
 @verb("completion", as_json=False)
@@ -21,7 +21,7 @@ def command(call: Call, shell: str) -> int:
     found = get_completion_class(shell)
     assert found is not None
     script = ShellComplete.source(
-        found(agentqctl, {}, "agentqctl", VARIABLE)
+        found(agentqctl, {}, "agentqctl", COMPLETION_VARIABLE)
     )  # bash's own starts a bash to see its age
     call.out.raw(script.encode("utf-8") + b"\n")
     return 0

@@ -18,9 +18,10 @@ MARKS = {"ok": ("ok", "good"), "warning": ("warning", "warn"), "error": ("ERROR"
 @verb("doctor")
 def command(call: Call) -> int:
     """What is wrong with this box, and the command that mends it. Exits 1 if there is an error."""
-    findings = [*_daemon_checks(call), *_local_checks(call)]
-    names: set[str] = set()
-    merged = [item for item in findings if not (item["name"] in names or names.add(item["name"]))]  # type: ignore[func-returns-value]
+    merged: list[Finding] = []
+    for item in (*_daemon_checks(call), *_local_checks(call)):
+        if all(item["name"] != other["name"] for other in merged):
+            merged.append(item)
     failed = any(item["level"] == "error" for item in merged)
     if call.as_json:
         call.out.json({"ok": not failed, "checks": merged})

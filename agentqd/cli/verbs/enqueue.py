@@ -32,6 +32,8 @@ def command(call: Call, file: str) -> int:
         return 0
     for task_id in ids:
         call.out.line(task_id)
+    if call.out.is_terminal:
+        call.out.note(f"appended to {queue.path}")
     for task_id, line in lines:
         if len(line) > LINE_BYTES_USUAL_MAX:
             call.out.note(

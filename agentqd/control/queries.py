@@ -1,0 +1,188 @@
+"""What the control socket reads of the journal. Nothing here walks all tasks or all rows in one go.
+
+Every query is served by an index or by a bounded window of sequence numbers (tests/control/test_query_plans.py holds it).
+Functions take the reading connection.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from agentqd.core.lifecycle import State
+from agentqd.storage.tasks import TaskRow
+
+ALERTS_SEEN_MAX: Final = 1000
+PRIORITIES_SEEN_MAX: Final = 64
+OLDEST_SEEN_MAX: Final = 500
+ACTIVE_SEEN_MAX: Final = 1000
+
+TASK_COLUMNS: Final = (
+    "seq, id, name, queue, runner, priority, state, result, reason, detail, run, attempt, run_attempts, submitted_at,"
+    " accepted_at, run_at, started_at, finished_at, wake_at, content, source"
+)
+_TASKS: Final = f"SELECT {TASK_COLUMNS} FROM tasks"  # noqa: S608 - fixed names
+
+TASK_COUNTS: Final = "SELECT queue, state, result, n FROM task_counts WHERE n <> 0"
+OUTBOX_COUNTS: Final = "SELECT sink, state, n FROM outbox_counts WHERE n <> 0"
+ACTIVE_BY_QUEUE: Final = "SELECT queue, count(*) FROM tasks WHERE state IN ('running','stopping') GROUP BY queue"
+ACTIVE: Final = f"{_TASKS} WHERE state IN ('running','stopping') AND seq < ? ORDER BY seq DESC LIMIT ?"
+NEXT_PRIORITY: Final = "SELECT priority FROM tasks WHERE state = 'queued' AND queue = ? AND priority > ? ORDER BY priority LIMIT 1"
+OLDEST_READY: Final = (
+    "SELECT run_at FROM tasks WHERE state = 'queued' AND queue = ? AND priority = ? ORDER BY seq LIMIT 1"
+)
+NEWEST_READY: Final = (
+    f"{_TASKS} WHERE state = 'queued' AND queue = ? AND priority = ? AND seq < ? ORDER BY seq DESC LIMIT ?"
+)
+SPEC: Final = "SELECT spec FROM tasks WHERE seq = ?"
+ALERTS: Final = (
+    "SELECT seq, type, at, delivery_id FROM entries WHERE kind = 'alert' AND at >= ? ORDER BY at DESC LIMIT ?"
+)
+ALERT_PAYLOAD: Final = "SELECT payload FROM entries WHERE seq = ?"
+OLDEST_OPEN: Final = (
+    "SELECT min(created_at) FROM (SELECT created_at FROM outbox"
+    " WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at IS NOT NULL ORDER BY due_at LIMIT ?)"
+)
+STOP_BEGUN: Final = "SELECT at FROM events WHERE task = ? AND event = 'stop_begun' ORDER BY seq DESC LIMIT 1"
+LAST_POSITION: Final = "SELECT max(position) FROM outbox WHERE sink = 'completions' AND position IS NOT NULL"
+COMPLETIONS: Final = (
+    "SELECT o.position, e.type, e.kind, e.delivery_id, e.payload FROM outbox o JOIN entries e ON e.seq = o.entry_seq"
+    " WHERE o.sink = 'completions' AND o.position > ? ORDER BY o.position LIMIT ?"
+)
+CONSUMERS: Final = "SELECT name, acknowledged, updated_at FROM consumers ORDER BY name"
+CONSUMER: Final = "SELECT acknowledged FROM consumers WHERE name = ?"
+EVENTS: Final = "SELECT seq, at, task, event, data, hash FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
+EVENTS_OF: Final = "SELECT seq, at, event, data FROM events WHERE task = ? ORDER BY seq DESC LIMIT ?"
+LAST_EVENT: Final = "SELECT seq, at FROM events ORDER BY seq DESC LIMIT 1"
+CLAIMS: Final = (
+    "SELECT i.path, i.given, i.policy, i.claimed_at, i.expires_at, t.id, t.name, t.state FROM intents i"
+    " JOIN tasks t ON t.seq = i.task_seq ORDER BY i.path LIMIT ?"
+)
+CONFLICTS: Final = (
+    "SELECT c.path, c.task_id, c.name, c.other_id, t.name, c.policy, count(*), min(c.at), max(c.at)"
+    " FROM (SELECT * FROM conflicts ORDER BY seq DESC LIMIT ?) c LEFT JOIN tasks t ON t.id = c.other_id"
+    " GROUP BY c.path, coalesce(c.task_id, c.name), c.other_id, c.policy ORDER BY max(c.at) DESC"
+)
+SOURCES: Final = "SELECT name, dev, ino, offset, role FROM sources"
+
+
+class Counts(NamedTuple):
+    """The sums that the journal keeps beside its tables."""
+
+    tasks: list[tuple[str, str, str, int]]  # queue, state, result (or ''), n
+    outbox: list[tuple[str, str, int]]  # sink, state, n
+
+
+class AlertSeen(msgspec.Struct, frozen=True):
+    """Alerts of one type: the newest, and how many."""
+
+    type: str
+    at: int
+    delivery_id: str
+    count: int
+    data: dict[str, Any]
+
+
+class Written(msgspec.Struct, frozen=True):
+    """What lists show of a task as it was written."""
+
+    labels: list[str] | None = None
+    not_before: str | None = None
+
+
+class _Envelope(msgspec.Struct, frozen=True):
+    data: dict[str, Any] = {}
+
+
+_decode_written: Final = msgspec.json.Decoder(Written).decode
+_decode_envelope: Final = msgspec.json.Decoder(_Envelope).decode
+
+
+def task_row(row: Sequence[Any]) -> TaskRow:
+    values: list[Any] = list(row)
+    values[6] = State(values[6])
+    return TaskRow(*values)
+
+
+def counts(connection: sqlite3.Connection) -> Counts:
+    return Counts(connection.execute(TASK_COUNTS).fetchall(), connection.execute(OUTBOX_COUNTS).fetchall())
+
+
+def active_by_queue(connection: sqlite3.Connection) -> dict[str, int]:
+    return dict(connection.execute(ACTIVE_BY_QUEUE).fetchall())
+
+
+def active(connection: sqlite3.Connection, before: int, limit: int) -> list[TaskRow]:
+    return [task_row(row) for row in connection.execute(ACTIVE, (before, limit))]
+
+
+def priorities(connection: sqlite3.Connection, queue: str) -> list[int]:
+    """The priorities that ready tasks of a queue have, lowest first; one index seek each, at most so many."""
+    found: list[int] = []
+    last = -(2**62)
+    while len(found) <= PRIORITIES_SEEN_MAX:
+        row = connection.execute(NEXT_PRIORITY, (queue, last)).fetchone()
+        if row is None:
+            break
+        last = row[0]
+        found.append(last)
+    return found
+
+
+def oldest_ready(connection: sqlite3.Connection, queue: str) -> int | None:
+    """When the oldest ready task of a queue was accepted (by the lowest priorities first, where there are very many)."""
+    rows = [connection.execute(OLDEST_READY, (queue, priority)).fetchone() for priority in priorities(connection, queue)]
+    return min((row[0] for row in rows if row is not None), default=None)
+
+
+def newest_ready(connection: sqlite3.Connection, queues: Sequence[str], before: int, limit: int) -> list[TaskRow] | None:
+    """The newest ready tasks of these queues; None where there are too many priorities to look at each."""
+    rows: list[TaskRow] = []
+    for queue in queues:
+        found = priorities(connection, queue)
+        if len(found) > PRIORITIES_SEEN_MAX:
+            return None
+        for priority in found:
+            rows += [task_row(row) for row in connection.execute(NEWEST_READY, (queue, priority, before, limit))]
+    return sorted(rows, key=lambda row: -row.seq)[:limit]
+
+
+def written(connection: sqlite3.Connection, seq: int) -> Written:
+    row = connection.execute(SPEC, (seq,)).fetchone()
+    return _decode_written(row[0]) if row is not None else Written()
+
+
+def alerts_since(connection: sqlite3.Connection, since_us: int) -> list[AlertSeen]:
+    """The alerts since then by type, newest first; of very many only the newest are counted."""
+    newest: dict[str, tuple[int, int, str]] = {}
+    seen: dict[str, int] = {}
+    for seq, type_, at, entry_id in connection.execute(ALERTS, (since_us, ALERTS_SEEN_MAX)):
+        newest.setdefault(type_, (seq, at, entry_id))
+        seen[type_] = seen.get(type_, 0) + 1
+    found = []
+    for type_, (seq, at, entry_id) in newest.items():
+        row = connection.execute(ALERT_PAYLOAD, (seq,)).fetchone()
+        data = _decode_envelope(row[0]).data if row is not None and row[0] is not None else {}
+        found.append(AlertSeen(type_, at, entry_id, seen[type_], data))
+    return found
+
+
+def oldest_open(connection: sqlite3.Connection, sink: str) -> int | None:
+    """Since when the longest waiting row of a sink waits; of very many, among those that are due first."""
+    row = connection.execute(OLDEST_OPEN, (sink, OLDEST_SEEN_MAX)).fetchone()
+    return None if row is None or row[0] is None else int(row[0])
+
+
+def last_position(connection: sqlite3.Connection) -> int:
+    """The highest seq that was ever given in the completion queue."""
+    row = connection.execute(LAST_POSITION).fetchone()
+    kept = connection.execute("SELECT value FROM meta WHERE key = 'position:completions'").fetchone()
+    return max(int(row[0] or 0), int(kept[0]) if kept else 0)
+
+
+def acknowledged(connection: sqlite3.Connection, consumer: str) -> int:
+    row = connection.execute(CONSUMER, (consumer,)).fetchone()
+    return 0 if row is None else int(row[0])

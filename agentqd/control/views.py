@@ -1,0 +1,212 @@
+"""The objects of docs/api.md, made from rows. Pure: what is known only in memory is handed in."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+from typing import Any, Final
+
+import msgspec
+
+from agentqd.control.queries import Written
+from agentqd.control.room import Room
+from agentqd.core.lifecycle import ACTIVE_STATES, State
+from agentqd.core.resolve import Resolved, resolve
+from agentqd.core.task import TaskRequest
+from agentqd.core.units import encode_unit, format_time, parse_time_us
+from agentqd.core.waking import total_deadline_us
+from agentqd.loops.scheduling import waiting_reason
+from agentqd.storage.tasks import AttemptRow, TaskRow
+
+US: Final = 1_000_000
+_TEXTS: Final = {
+    "queue_removed": "its queue {queue} is no longer in the config",
+    "queue_paused": "queue {queue} is paused",
+    "draining": "the daemon is draining: nothing new starts",
+    "no_supervisor": "no supervisor is connected",
+    "no_free_slot": "all slots are in use",
+    "starting": "it is about to start",
+    "start_time": "its start time lies ahead",
+    "held": "it is held until somebody releases it",
+    "backoff": "it backs off before its next attempt",
+    "prompt_missing": "its prompt file is not there yet",
+    "write_conflict": "another task claims what it writes to",
+    "dependency": "a task that it comes after has not ended",
+    "usage_limit": "the usage limit of its runner is reached",
+    "blocked": "it is blocked",
+}
+
+
+class Slots(msgspec.Struct, frozen=True):
+    """What decides whether a ready task could start now."""
+
+    active: dict[str, int]  # queue: running or stopping
+
+    def busy(self, room: Room, queue: str) -> bool:
+        full = sum(self.active.values()) >= room.box.max_workers
+        return full or self.active.get(queue, 0) >= room.box.concurrency(queue)
+
+
+def waiting_for(room: Room, task: TaskRow, written: Written, slots: Slots) -> dict[str, Any] | None:
+    """Why a waiting task waits, for machines and for people; None for one that does not wait."""
+    reason = waiting_reason(
+        task,
+        room.box,
+        paused=task.queue in room.paused,
+        connected=room.parts.supervision.link.connected,
+        busy=slots.busy(room, task.queue),
+    )
+    if reason is None:
+        return None
+    text = _TEXTS.get(reason)
+    if text is None or task.state is State.RETRYABLE:
+        text = _text_of_state(task, reason)
+    return {"reason": reason, "until": format_time(_until(room, task, written, reason)), "text": text.format(queue=task.queue)}
+
+
+def _text_of_state(task: TaskRow, reason: str) -> str:
+    plain = reason.replace("_", " ").replace("{", "").replace("}", "")
+    if task.state is State.RETRYABLE:
+        return f"its last attempt ended ({plain}); it backs off before the next one"
+    return f"held: {plain}" if task.state is State.HELD else plain
+
+
+def _until(room: Room, task: TaskRow, written: Written, reason: str) -> int | None:
+    if task.state is State.SCHEDULED:
+        return parse_time_us(written.not_before) if written.not_before else task.wake_at
+    if task.state is State.RETRYABLE:
+        return task.wake_at
+    if reason == "prompt_missing":
+        return task.run_at + int(room.box.settings.limits.late_prompt * US)
+    return None
+
+
+def task_summary(room: Room, task: TaskRow, written: Written, slots: Slots, pid: int | None) -> dict[str, Any]:
+    """A task as lists show it."""
+    live = room.parts.supervision.live.get(task.id) if task.state in ACTIVE_STATES else None
+    running = live.running if live is not None and live.task.attempt == task.attempt else None
+    return {
+        "id": task.id,
+        "task": task.name,
+        "queue": task.queue,
+        "runner": task.runner,
+        "state": task.state.value,
+        "result": task.result,
+        "reason": task.reason,
+        "detail": task.detail,
+        "run": task.run,
+        "priority": task.priority,
+        "labels": written.labels or [],
+        "submitted_at": task.submitted_at or format_time(task.accepted_at),
+        "accepted_at": format_time(task.accepted_at),
+        "started_at": format_time(running.started_at if running is not None else task.started_at),
+        "finished_at": format_time(task.finished_at),
+        "waiting_for": waiting_for(room, task, written, slots),
+        "source": msgspec.json.decode(task.source),
+        "folder": f"{room.box.folders.tasks}/{task.id}",
+        "attempt": task.attempt,
+        "pid": running.pid if running is not None else pid,
+    }
+
+
+def attempt_view(room: Room, task: TaskRow, request: TaskRequest, attempt: AttemptRow) -> dict[str, Any]:
+    """One attempt; of one that runs, also what only the daemon's memory and the files know."""
+    live = room.parts.supervision.live.get(task.id)
+    running = live.running if live is not None and live.task.attempt == attempt.attempt else None
+    started = attempt.started_at or (running.started_at if running is not None else None)
+    evidence = msgspec.json.decode(attempt.evidence) if attempt.evidence else {}
+    until = attempt.ended_at or room.box.clock.now_us()
+    is_running = attempt.ended_at is None and task.attempt == attempt.attempt and task.state in ACTIVE_STATES
+    deadline = deadline_us(room, task, request, started) if is_running else None
+    return {
+        "attempt": attempt.attempt,
+        "run": attempt.run,
+        "pid": attempt.pid or (running.pid if running is not None else None),
+        "started_at": format_time(started),
+        "ended_at": format_time(attempt.ended_at),
+        "exit_code": attempt.exit_code,
+        "signal": attempt.signal,
+        "result": attempt.result,
+        "reason": attempt.reason,
+        "folder": room.box.folders.attempt(task.id, attempt.attempt),
+        "duration_s": round(max(0, until - started) / US, 3) if started is not None else None,
+        "stdout_bytes": evidence.get("stdout_bytes"),
+        "stderr_bytes": evidence.get("stderr_bytes"),
+        "deadline_at": format_time(deadline),
+        "left_behind": evidence.get("left_behind", []),
+        "evidence": evidence,
+    }
+
+
+def deadline_us(room: Room, task: TaskRow, request: TaskRequest, started_us: int | None) -> int | None:
+    """When a running attempt is ended at the latest, by the newest settings."""
+    resolved = resolve(request, task.queue, task.runner, room.box.settings)
+    total = total_deadline_us(resolved, task.run_at)
+    run = None if started_us is None else started_us + int(resolved.run_timeout_s * US)
+    return min((at for at in (run, total) if at is not None), default=None)
+
+
+def settings_view(resolved: Resolved) -> dict[str, Any]:
+    """What holds for a task now: its own word, else the config's."""
+    view: dict[str, Any] = msgspec.to_builtins(resolved, enc_hook=encode_unit)
+    number = resolved.warning_signal
+    view["warning_signal"] = None if number is None else signal.Signals(number).name
+    return view
+
+
+ROW_COLUMNS: Final = (
+    "o.entry_seq, o.sink, o.state, o.attempts, o.created_at, o.due_at, o.delivered_at, o.last_error,"
+    " e.delivery_id, e.type, e.kind, e.key, e.bytes, t.id, t.name"
+)
+ROW_TABLES: Final = "outbox o JOIN entries e ON e.seq = o.entry_seq LEFT JOIN tasks t ON t.seq = e.task_seq"
+
+
+class OutboxRow(msgspec.Struct, frozen=True):
+    """One row with what is shown of its entry and task."""
+
+    entry_seq: int
+    sink: str
+    state: str
+    attempts: int
+    created_at: int
+    due_at: int | None
+    delivered_at: int | None
+    last_error: str | None
+    delivery_id: str
+    type: str
+    kind: str
+    key: str
+    bytes: int
+    task_id: str | None
+    name: str | None
+
+    @classmethod
+    def fetch(cls, connection: sqlite3.Connection, where: str, values: tuple[Any, ...]) -> list[OutboxRow]:
+        sql = f"SELECT {ROW_COLUMNS} FROM {ROW_TABLES} {where}"  # noqa: S608 - fixed clauses
+        return [cls(*row) for row in connection.execute(sql, values)]
+
+
+def shown_state(room: Room, entry_seq: int, sink: str, state: str) -> str:
+    """`delivering` is known in memory only: a row that is in flight."""
+    runner = room.parts.delivery.runners.get(sink)
+    in_flight = runner is not None and entry_seq in runner.in_flight
+    return "delivering" if in_flight and state in {"pending", "retryable"} else state
+
+
+def outbox_view(room: Room, row: OutboxRow) -> dict[str, Any]:
+    return {
+        "delivery_id": row.delivery_id,
+        "type": row.type,
+        "task_id": row.task_id,
+        "name": row.name,
+        "key": row.key,
+        "sink": row.sink,
+        "state": shown_state(room, row.entry_seq, row.sink, row.state),
+        "attempts": row.attempts,
+        "created_at": format_time(row.created_at),
+        "next_try_at": format_time(row.due_at),
+        "delivered_at": format_time(row.delivered_at),
+        "last_error": row.last_error,
+        "bytes": row.bytes,
+    }
+

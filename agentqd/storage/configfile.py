@@ -1,0 +1,254 @@
+"""The config file: YAML, strict. Every problem of a file is told at once, each with path, line and nearest name."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+import yaml
+
+from agentqd.core.config_rules import check_settings
+from agentqd.core.errors import ConfigError
+from agentqd.core.settings import Settings
+from agentqd.core.units import decode_unit
+
+BYTES_MAX: Final = 1024 * 1024
+NODES_MAX: Final = 100_000
+DEPTH_MAX: Final = 50
+Key = tuple[str | int, ...]
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """A config that can be used. `sha256` of the file's bytes; empty where there is no file."""
+
+    settings: Settings
+    path: str | None
+    sha256: str = ""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's idea of plain words: `on`, `yes`, `1:30` and `0660` are what they look like, not booleans or numbers."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag not in {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp"}]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}  # fmt: skip
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")
+)
+
+
+def load_settings(path: str | None) -> Loaded:
+    """The settings of the file, or the defaults without one. Raises ConfigError with all its problems."""
+    if path is None:
+        return Loaded(Settings(), None)
+    raw = _read(path)
+    document = _Document(path, raw)
+    settings = document.settings()
+    return Loaded(settings, path, hashlib.sha256(raw).hexdigest())
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(BYTES_MAX + 1)
+    except OSError as error:
+        raise _error(path, [(None, "", f"cannot be read: {error.strerror}")]) from error
+    if len(raw) > BYTES_MAX:
+        raise _error(path, [(None, "", f"is larger than {BYTES_MAX} bytes")])
+    return raw
+
+
+def _error(path: str, problems: list[tuple[int | None, str, str]]) -> ConfigError:
+    lines = []
+    for line, key, message in problems:
+        where = f"{path}:{line}" if line is not None else path
+        lines.append(f"{where}: {key}: {message}" if key else f"{where}: {message}")
+    listed = [{"path": path, "line": line, "key": key, "message": message} for line, key, message in problems]
+    return ConfigError("\n".join(lines), problems=listed)
+
+
+class _Document:
+    """One file, read: values with the line of each key."""
+
+    def __init__(self, path: str, raw: bytes) -> None:
+        self.path = path
+        self.lines: dict[Key, int] = {}
+        self.problems: list[tuple[int | None, str, str]] = []
+        self._nodes = 0
+        self._text = self._decoded(raw)
+
+    def _decoded(self, raw: bytes) -> str:
+        try:
+            return raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = raw.count(b"\n", 0, error.start) + 1
+            raise _error(self.path, [(line, "", f"not UTF-8: byte 0x{raw[error.start]:02x}")]) from error
+
+    def settings(self) -> Settings:
+        value = self._value()
+        if not self.problems:
+            for key, message in _unknown_keys(value, Settings, ()):
+                self._add(key, message)
+        settings = Settings() if self.problems else self._convert(value)
+        if self.problems:
+            self.problems.sort(key=lambda item: item[0] or 0)
+            raise _error(self.path, self.problems)
+        return settings
+
+    def _value(self) -> Any:
+        try:
+            loader = _Loader(self._text)
+            try:
+                node = loader.get_single_node()
+                value = None if node is None else self._construct(loader, node, (), 0)
+            finally:
+                loader.dispose()
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = mark.line + 1 if mark is not None else None
+            column = f" (column {mark.column + 1})" if mark is not None else ""
+            raise _error(
+                self.path, [(line, "", f"not YAML: {error.problem or error.context}{column}")]
+            ) from error
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            raise _error(self.path, [(None, "", f"not YAML: {error}"[:300])]) from error
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise _error(self.path, [(1, "", "the top level is not a mapping of options")])
+        return value
+
+    def _construct(self, loader: _Loader, node: yaml.Node, key: Key, depth: int) -> Any:
+        self._nodes += 1
+        if self._nodes > NODES_MAX or depth > DEPTH_MAX:
+            raise _error(self.path, [(node.start_mark.line + 1, "", "too many values, or nested too deeply")])
+        self.lines.setdefault(key, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(loader, node, key, depth)
+        if isinstance(node, yaml.SequenceNode):
+            return [self._construct(loader, item, (*key, n), depth + 1) for n, item in enumerate(node.value)]
+        return loader.construct_object(node, deep=True)
+
+    def _mapping(self, loader: _Loader, node: yaml.MappingNode, key: Key, depth: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name_node, value_node in node.value:
+            line = name_node.start_mark.line + 1
+            if not isinstance(name_node, yaml.ScalarNode):
+                self.problems.append((line, _dotted(key), "a key must be a plain word"))
+                continue
+            name = str(name_node.value)
+            here = (*key, name)
+            if name in found:
+                self.problems.append(
+                    (line, _dotted(here), f"stands here twice (first in line {self.lines[here]})")
+                )
+                continue
+            self.lines[here] = line
+            found[name] = self._construct(loader, value_node, here, depth + 1)
+        return found
+
+    def _convert(self, value: Any) -> Settings:
+        value = _mended(value)
+        try:
+            settings = msgspec.convert(value, Settings, dec_hook=decode_unit, str_keys=True)
+        except (msgspec.ValidationError, ValueError) as error:
+            self._add(*_msgspec_problem(str(error), value))
+            return Settings()
+        for problem in check_settings(settings):
+            self._add(problem.key, problem.message)
+        return settings
+
+    def _add(self, key: Key, message: str) -> None:
+        line = None
+        for length in range(len(key), 0, -1):
+            if key[:length] in self.lines:
+                line = self.lines[key[:length]]
+                break
+        self.problems.append((line, _dotted(key), message))
+
+
+def _mended(value: dict[str, Any]) -> dict[str, Any]:
+    """`mode: 660` and `mode: 0660` mean the same as "0660"."""
+    control = value.get("control")
+    if isinstance(control, dict) and isinstance(control.get("mode"), int):
+        return {**value, "control": {**control, "mode": str(control["mode"])}}
+    return value
+
+
+def _dotted(key: Key) -> str:
+    text = ""
+    for part in key:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _unknown_keys(value: Any, wanted: Any, key: Key) -> Iterator[tuple[Key, str]]:
+    """Every unknown key at every level, with the nearest known name."""
+    kind = msgspec.inspect.type_info(wanted) if not isinstance(wanted, msgspec.inspect.Type) else wanted
+    if isinstance(kind, msgspec.inspect.UnionType):
+        for part in kind.types:
+            if isinstance(
+                part, (msgspec.inspect.StructType, msgspec.inspect.DictType, msgspec.inspect.ListType)
+            ):
+                yield from _unknown_keys(value, part, key)
+    elif isinstance(kind, msgspec.inspect.StructType) and isinstance(value, dict):
+        fields = {field.encode_name: field.type for field in kind.fields}
+        for name, item in value.items():
+            if name in fields:
+                yield from _unknown_keys(item, fields[name], (*key, name))
+            else:
+                near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(fields)}"
+                yield (*key, name), f"unknown option; {hint}"
+    elif isinstance(kind, msgspec.inspect.DictType) and isinstance(value, dict):
+        for name, item in value.items():
+            yield from _unknown_keys(item, kind.value_type, (*key, name))
+    elif isinstance(kind, msgspec.inspect.ListType) and isinstance(value, list):
+        for n, item in enumerate(value):
+            yield from _unknown_keys(item, kind.item_type, (*key, n))
+
+
+def _msgspec_problem(text: str, value: Any) -> tuple[Key, str]:
+    """msgspec's message with its path turned into ours (`$.queues[...].concurrency` names no key of a mapping)."""
+    message, _, where = text.partition(" - at `")
+    path = where.rstrip("`").lstrip("$")
+    key: list[str | int] = []
+    candidates: list[tuple[list[str | int], Any]] = [(key, value)]
+    for name, index in re.findall(r"\.([A-Za-z_]+)|\[([^\]]*)\]", path):
+        following: list[tuple[list[str | int], Any]] = []
+        for so_far, item in candidates:
+            if name and isinstance(item, dict) and name in item:
+                following.append(([*so_far, name], item[name]))
+            elif index == "..." and isinstance(item, dict):
+                following += [([*so_far, each], inner) for each, inner in item.items()]
+            elif index.isdigit() and isinstance(item, list) and int(index) < len(item):
+                following.append(([*so_far, int(index)], item[int(index)]))
+        candidates = following or candidates
+    wrong = next((so_far for so_far, item in candidates if not _fits(item, message)), candidates[0][0])
+    return tuple(wrong), f"{message[:1].lower()}{message[1:]}"
+
+
+def _fits(item: Any, message: str) -> bool:
+    """Could this value have caused another message than `message`? Narrows `[...]` down to one of a mapping's values."""
+    got = re.search(r"got `([a-z]+)`", message)
+    if got is not None:
+        names = {
+            "str": "str",
+            "int": "int",
+            "float": "float",
+            "bool": "bool",
+            "NoneType": "null",
+            "list": "array",
+            "dict": "object",
+        }
+        return names.get(type(item).__name__) != got[1]
+    return isinstance(item, str) and repr(item) not in message and item not in message
