@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
+from realbox import RealBox, real_box
+
+MakeBox = Callable[..., RealBox]
 
 # Tests with these marks may be skipped on a person's machine, with a reason. In CI they must run.
 MUST_RUN_IN_CI = ("root", "systemd", "image")
@@ -55,3 +60,22 @@ def _reason(report: pytest.TestReport) -> str:
     if isinstance(report.longrepr, tuple):
         return report.longrepr[2].removeprefix("Skipped: ")
     return str(report.longrepr)
+
+
+@pytest.fixture
+def make_box(tmp_path: Path) -> Iterator[MakeBox]:
+    """make_box(config=None, start=True, name="box") → a RealBox, ended with the test."""
+    with ExitStack() as stack:
+
+        def make(config: str | None = None, *, start: bool = True, name: str = "box") -> RealBox:
+            folder = tmp_path / name
+            folder.mkdir()
+            return stack.enter_context(real_box(folder, config, start=start))
+
+        yield make
+
+
+@pytest.fixture
+def box(make_box: MakeBox) -> RealBox:
+    """A running box with the default settings."""
+    return make_box()

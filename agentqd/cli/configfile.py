@@ -10,9 +10,15 @@ from typing import Any
 SYSTEM_CONFIG = "/etc/agentqd/agentqd.yaml"
 
 
-def default_config(env: Mapping[str, str]) -> str:
-    """The file that a daemon started like us would read."""
-    return env.get("AGENTQD_CONFIG") or SYSTEM_CONFIG
+def default_config(env: Mapping[str, str], uid: int) -> str:
+    """The file that a daemon started like us would read (the same rule as agentqd's own)."""
+    if named := env.get("AGENTQD_CONFIG"):
+        return os.path.abspath(named)
+    if uid == 0:
+        return SYSTEM_CONFIG
+    base = env.get("XDG_CONFIG_HOME", "")
+    own = f"{base if base.startswith('/') else os.path.expanduser('~/.config')}/agentqd/agentqd.yaml"
+    return own if os.path.exists(own) or not os.path.exists(SYSTEM_CONFIG) else SYSTEM_CONFIG
 
 
 def check_config(path: str) -> Any:

@@ -133,12 +133,21 @@ def timeline(task: dict[str, Any]) -> list[tuple[str, str]]:
     if task.get("accepted_at") and source:
         entries.append((task["accepted_at"], f"came in by {source}"))
     entries += [(str(event.get("at") or ""), _event_text(event)) for event in _dicts(task.get("events"))]
+    told = {_delivered_id(event) for event in _dicts(task.get("events"))}
     entries += [
         (row["delivered_at"], f"delivered to {row.get('sink')}: {row.get('type')} {row.get('delivery_id')}")
         for row in _dicts(task.get("outbox"))
-        if row.get("delivered_at")
+        if row.get("delivered_at") and (row.get("delivery_id"), row.get("sink")) not in told
     ]
     return sorted(entries, key=lambda entry: _seconds(entry[0]))
+
+
+def _delivered_id(event: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Which row an event says to be delivered: not to be told twice."""
+    data = event.get("data")
+    if event.get("event") != "delivered" or not isinstance(data, dict):
+        return None
+    return data.get("delivery_id"), data.get("sink")
 
 
 def _event_text(event: dict[str, Any]) -> str:

@@ -28,7 +28,9 @@ _TASKS: Final = f"SELECT {TASK_COLUMNS} FROM tasks"  # noqa: S608 - fixed names
 
 TASK_COUNTS: Final = "SELECT queue, state, result, n FROM task_counts WHERE n <> 0"
 OUTBOX_COUNTS: Final = "SELECT sink, state, n FROM outbox_counts WHERE n <> 0"
-ACTIVE_BY_QUEUE: Final = "SELECT queue, count(*) FROM tasks WHERE state IN ('running','stopping') GROUP BY queue"
+ACTIVE_BY_QUEUE: Final = (
+    "SELECT queue, count(*) FROM tasks WHERE state IN ('running','stopping') GROUP BY queue"
+)
 ACTIVE: Final = f"{_TASKS} WHERE state IN ('running','stopping') AND seq < ? ORDER BY seq DESC LIMIT ?"
 NEXT_PRIORITY: Final = "SELECT priority FROM tasks WHERE state = 'queued' AND queue = ? AND priority > ? ORDER BY priority LIMIT 1"
 OLDEST_READY: Final = (
@@ -134,11 +136,16 @@ def priorities(connection: sqlite3.Connection, queue: str) -> list[int]:
 
 def oldest_ready(connection: sqlite3.Connection, queue: str) -> int | None:
     """When the oldest ready task of a queue was accepted (by the lowest priorities first, where there are very many)."""
-    rows = [connection.execute(OLDEST_READY, (queue, priority)).fetchone() for priority in priorities(connection, queue)]
+    rows = [
+        connection.execute(OLDEST_READY, (queue, priority)).fetchone()
+        for priority in priorities(connection, queue)
+    ]
     return min((row[0] for row in rows if row is not None), default=None)
 
 
-def newest_ready(connection: sqlite3.Connection, queues: Sequence[str], before: int, limit: int) -> list[TaskRow] | None:
+def newest_ready(
+    connection: sqlite3.Connection, queues: Sequence[str], before: int, limit: int
+) -> list[TaskRow] | None:
     """The newest ready tasks of these queues; None where there are too many priorities to look at each."""
     rows: list[TaskRow] = []
     for queue in queues:
@@ -146,7 +153,9 @@ def newest_ready(connection: sqlite3.Connection, queues: Sequence[str], before: 
         if len(found) > PRIORITIES_SEEN_MAX:
             return None
         for priority in found:
-            rows += [task_row(row) for row in connection.execute(NEWEST_READY, (queue, priority, before, limit))]
+            rows += [
+                task_row(row) for row in connection.execute(NEWEST_READY, (queue, priority, before, limit))
+            ]
     return sorted(rows, key=lambda row: -row.seq)[:limit]
 
 

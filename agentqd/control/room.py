@@ -100,6 +100,6 @@ class Room:
     async def commit_after(self, commits: int, most_s: float) -> int:
         """Wait for a commit beyond `commits` (a number that the journal counts; cheap to look at). Returns the count now."""
         deadline = self.deadline(most_s)
-        while self.box.journal.commits == commits and (left_s := self.left_s(deadline)) > 0:
+        while self.box.journal.commits == commits and (left_s := self.left_s(deadline)) > 0:  # noqa: ASYNC110 - a counter, no event
             await asyncio.sleep(min(COMMIT_LOOK_S, left_s))
         return self.box.journal.commits

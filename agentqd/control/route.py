@@ -44,15 +44,23 @@ class Param:
     def read(self, text: str) -> Any:
         """Raises InvalidRequest."""
         if self.kind == "string":
+            if not is_text(text):
+                raise InvalidRequest(f"{self.name} is not UTF-8", field=self.name)
             if self.one_of and text not in self.one_of:
-                raise InvalidRequest(f"{self.name}: {text[:80]!r} is none of {', '.join(self.one_of)}", field=self.name)
+                raise InvalidRequest(
+                    f"{self.name}: {text[:80]!r} is none of {', '.join(self.one_of)}", field=self.name
+                )
             return text
         try:
             value: float = int(text) if self.kind == "integer" else float(text)
         except ValueError:
             raise InvalidRequest(f"{self.name}: {text[:80]!r} is no {self.kind}", field=self.name) from None
         low, high = self.least, self.most
-        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+        if (
+            not math.isfinite(value)
+            or (low is not None and value < low)
+            or (high is not None and value > high)
+        ):
             bounds = f"at least {low:g}" if high is None else f"between {low or 0:g} and {high:g}"
             raise InvalidRequest(f"{self.name}: {text[:80]} is not {bounds}", field=self.name)
         return value
@@ -120,7 +128,9 @@ def known_fields(body: Mapping[str, Any], names: tuple[str, ...]) -> None:
     """Raises InvalidRequest for a member that the body may not have."""
     for name in body:
         if name not in names:
-            raise InvalidRequest(f"unknown field {name[:80]!r}; there is: {', '.join(names) or 'none'}", field=name[:80])
+            raise InvalidRequest(
+                f"unknown field {name[:80]!r}; there is: {', '.join(names) or 'none'}", field=name[:80]
+            )
 
 
 def answer(value: Any, status: int = 200) -> web.Response:
@@ -134,6 +144,15 @@ def answer_raw(body: bytes) -> web.Response:
 
 def error_answer(error: AgentqError, status: int | None = None) -> web.Response:
     return answer(error.as_json(), status or error.http_status)
+
+
+def is_text(text: str) -> bool:
+    """Can it be written down at all? (A path that was no UTF-8 comes with lone surrogates.)"""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return "\x00" not in text
 
 
 def comma_list(text: str | None, known: tuple[str, ...], name: str) -> tuple[str, ...]:

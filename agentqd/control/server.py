@@ -17,11 +17,20 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from agentqd.control.access import always_allowed, member
 from agentqd.control.room import Parts, Room
 from agentqd.control.route import Call, Handler, Route, answer, error_answer, read_query
-from agentqd.control.socketfile import Mode, SocketFile, apply_mode, is_ours, make_socket, mode_for, remove_ours
+from agentqd.control.socketfile import (
+    Mode,
+    SocketFile,
+    apply_mode,
+    is_ours,
+    make_socket,
+    mode_for,
+    remove_ours,
+)
 from agentqd.control.table import ROUTES
 from agentqd.core.errors import AgentqError, JournalError, NotPermitted, StateFolderError
 from agentqd.core.limits import CONTROL_BODY_BYTES_MAX
@@ -128,7 +137,7 @@ def _entry(room: Room, route: Route) -> _Aiohttp:
     return entry
 
 
-def _guard(room: Room) -> Callable[[web.Request, _Aiohttp], Awaitable[web.StreamResponse]]:
+def _guard(room: Room) -> Middleware:
     """The one place where errors become answers."""
 
     @web.middleware
@@ -189,7 +198,13 @@ def _internal(log: Log, request: web.Request, error: Exception) -> web.Response:
     """A bug: told in full in the log, never in the answer (its text may hold a prompt)."""
     route = request.match_info.route.resource
     path = route.canonical if route is not None else "?"
-    log.error("control_failed", method=request.method, path=path, error=type(error).__name__, traceback=traceback.format_exc())
+    log.error(
+        "control_failed",
+        method=request.method,
+        path=path,
+        error=type(error).__name__,
+        traceback=traceback.format_exc(),
+    )
     text = f"agentqd failed in {request.method} {path} ({type(error).__name__}); its log has the traceback"
     return answer({"error": "internal_error", "message": text}, 500)
 
@@ -213,4 +228,3 @@ def _aiohttp_log(box: Box) -> logging.Logger:
     logger.setLevel(logging.WARNING)
     logger.handlers[:] = [_Forward(box)]
     return logger
-

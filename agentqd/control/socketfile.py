@@ -58,7 +58,9 @@ def make_socket(path: str, wanted: Mode) -> SocketFile:
     try:
         folder_fd = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise StateFolderError(f"{folder}: {error.strerror}; the control socket goes there", path=folder) from error
+        raise StateFolderError(
+            f"{folder}: {error.strerror}; the control socket goes there", path=folder
+        ) from error
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     temporary = f".{name}.{os.getpid()}.tmp"
     try:

@@ -21,7 +21,9 @@ from agentqd.storage.transaction import Transaction
 _SMALL_BYTES: Final = 64 * KIB
 _SOURCE: Final = {"kind": "socket"}
 _WAITING: Final = ",".join(f"'{state.value}'" for state in sorted(WAITING_STATES))
-_COUNT_WAITING: Final = f"SELECT coalesce(sum(n), 0) FROM task_counts WHERE queue = ? AND state IN ({_WAITING})"  # noqa: S608 - fixed names
+_COUNT_WAITING: Final = (
+    f"SELECT coalesce(sum(n), 0) FROM task_counts WHERE queue = ? AND state IN ({_WAITING})"  # noqa: S608 - fixed names
+)
 
 
 async def submit(call: Call) -> web.StreamResponse:
@@ -91,7 +93,9 @@ def _decide(tx: Transaction, room: Room, candidate: Candidate) -> Accepted | Dup
 
 def _refusal(tx: Transaction, room: Room, queue: str) -> RefusedForNow | None:
     if room.box.draining:
-        return RefusedForNow("this agentqd is draining and takes nothing new; try later, or another box", reason="draining")
+        return RefusedForNow(
+            "this agentqd is draining and takes nothing new; try later, or another box", reason="draining"
+        )
     if room.box.disk_low:
         text = "the disk of this box is nearly full (limits.disk_free_min): nothing new is taken until there is space"
         return RefusedForNow(text, reason="disk_low")
@@ -102,7 +106,11 @@ def _refusal(tx: Transaction, room: Room, queue: str) -> RefusedForNow | None:
     return None
 
 
-_BODY: Final[dict[str, Any]] = {"type": "object", "required": ["task"], "description": "the task object, as a line of the queue file"}
+_BODY: Final[dict[str, Any]] = {
+    "type": "object",
+    "required": ["task"],
+    "description": "the task object, as a line of the queue file",
+}
 ROUTES: Final = (
     Route(
         "POST",

@@ -60,7 +60,8 @@ class Wanted(msgspec.Struct, frozen=True):
 
     def clauses(self) -> tuple[str, list[Any]]:
         """All but the label, as SQL."""
-        parts, values = [""], []
+        parts = [""]
+        values: list[Any] = []
         for column, items in (("state", self.states), ("result", self.results), ("queue", self.queues)):
             if items:
                 parts.append(f"{column} IN ({','.join('?' * len(items))})")
@@ -102,7 +103,11 @@ async def find_tasks(room: Room, wanted: Wanted, before: int, limit: int) -> lis
 
 
 def _from_indexes(
-    connection: sqlite3.Connection, wanted: Wanted, counts: list[tuple[str, str, str, int]], before: int, limit: int
+    connection: sqlite3.Connection,
+    wanted: Wanted,
+    counts: list[tuple[str, str, str, int]],
+    before: int,
+    limit: int,
 ) -> list[TaskRow] | None:
     """None: too many to be looked at this way."""
     found: list[TaskRow] = []
@@ -135,7 +140,9 @@ async def _walk(room: Room, wanted: Wanted, before: int, limit: int, exactly: in
         lower = max(least, upper - size)
         most = limit - len(found)
 
-        def query(connection: sqlite3.Connection, lower: int = lower, upper: int = upper, most: int = most) -> list[TaskRow]:
+        def query(
+            connection: sqlite3.Connection, lower: int = lower, upper: int = upper, most: int = most
+        ) -> list[TaskRow]:
             if wanted.label is None:
                 return [task_row(row) for row in connection.execute(sql, (upper, lower, *values, most))]
             return _labelled(connection, sql, (upper, lower, *values, SEQ_MAX), wanted.label, most)
@@ -163,12 +170,17 @@ async def summaries(room: Room, tasks: list[TaskRow]) -> list[dict[str, Any]]:
     for start in range(0, len(tasks), _SUMMARIES_A_READ):
         part = tasks[start : start + _SUMMARIES_A_READ]
 
-        def query(connection: sqlite3.Connection, part: list[TaskRow] = part) -> tuple[Slots, list[tuple[Written, int | None]]]:
+        def query(
+            connection: sqlite3.Connection, part: list[TaskRow] = part
+        ) -> tuple[Slots, list[tuple[Written, int | None]]]:
             slots = Slots(queries.active_by_queue(connection))
             return slots, [(written(connection, task.seq), pid_of(connection, task)) for task in part]
 
         slots, details = await room.box.journal.read(query)
-        shown += [task_summary(room, task, text, slots, pid) for task, (text, pid) in zip(part, details, strict=True)]
+        shown += [
+            task_summary(room, task, text, slots, pid)
+            for task, (text, pid) in zip(part, details, strict=True)
+        ]
     return shown
 
 
@@ -213,7 +225,14 @@ ROUTES: Final = (
             Param("name", "tasks with exactly this name"),
             Param("label", "tasks that have this label"),
             LIMIT,
-            Param("before", "only older ones than this seq (next_before of the page before)", "integer", SEQ_MAX, 0, SEQ_MAX),
+            Param(
+                "before",
+                "only older ones than this seq (next_before of the page before)",
+                "integer",
+                SEQ_MAX,
+                0,
+                SEQ_MAX,
+            ),
         ),
     ),
 )

@@ -135,7 +135,13 @@ def _route(verb: str, summary: str, handler: Handler) -> Route:
 
 
 ROUTES: Final = (
-    Route("GET", "/v1/tasks/{id}", "One task, from its line to its deliveries.", show_task, more_statuses=_MISSING),
+    Route(
+        "GET",
+        "/v1/tasks/{id}",
+        "One task, from its line to its deliveries.",
+        show_task,
+        more_statuses=_MISSING,
+    ),
     _route("cancel", "End a task; a running worker is ended first.", _action(_cancel)),
     _route("hold", "Keep a waiting task from starting.", _action(_hold)),
     _route("release", "Undo a hold.", _action(_release)),

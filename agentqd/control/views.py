@@ -61,7 +61,11 @@ def waiting_for(room: Room, task: TaskRow, written: Written, slots: Slots) -> di
     text = _TEXTS.get(reason)
     if text is None or task.state is State.RETRYABLE:
         text = _text_of_state(task, reason)
-    return {"reason": reason, "until": format_time(_until(room, task, written, reason)), "text": text.format(queue=task.queue)}
+    return {
+        "reason": reason,
+        "until": format_time(_until(room, task, written, reason)),
+        "text": text.format(queue=task.queue),
+    }
 
 
 def _text_of_state(task: TaskRow, reason: str) -> str:
@@ -81,7 +85,9 @@ def _until(room: Room, task: TaskRow, written: Written, reason: str) -> int | No
     return None
 
 
-def task_summary(room: Room, task: TaskRow, written: Written, slots: Slots, pid: int | None) -> dict[str, Any]:
+def task_summary(
+    room: Room, task: TaskRow, written: Written, slots: Slots, pid: int | None
+) -> dict[str, Any]:
     """A task as lists show it."""
     live = room.parts.supervision.live.get(task.id) if task.state in ACTIVE_STATES else None
     running = live.running if live is not None and live.task.attempt == task.attempt else None
@@ -209,4 +215,3 @@ def outbox_view(room: Room, row: OutboxRow) -> dict[str, Any]:
         "last_error": row.last_error,
         "bytes": row.bytes,
     }
-

@@ -35,7 +35,10 @@ def _end_of(connection: sqlite3.Connection, task_id: str) -> dict[str, Any] | No
     if task is None:
         return None
     finished = task.state is State.FINISHED
-    code = store.attempt_of(connection, task.seq, task.attempt).exit_code if finished and task.attempt else None
+    code = None
+    if finished and task.attempt:
+        attempt = store.attempt_of(connection, task.seq, task.attempt)
+        code = attempt.exit_code if attempt.run == task.run else None  # not of the run before
     return {
         "id": task.id,
         "state": task.state.value,

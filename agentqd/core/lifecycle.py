@@ -47,6 +47,7 @@ class Event(StrEnum):
     REFUSED = "refused"
     START_TIME_REACHED = "start_time_reached"
     UNBLOCKED = "unblocked"
+    UNBLOCKED_FOR_LATER = "unblocked_for_later"  # its start time still lies ahead
     BLOCKED = "became_blocked"
     BACKOFF_ENDED = "backoff_ended"
     HOLD_REQUESTED = "hold_requested"
@@ -80,7 +81,7 @@ TABLE: Final[dict[State, dict[Event, State]]] = {
     },
     State.SCHEDULED: {**_WAITING, Event.START_TIME_REACHED: State.QUEUED, Event.BLOCKED: State.BLOCKED},
     State.QUEUED: {**_WAITING, Event.CLAIMED: State.RUNNING, Event.BLOCKED: State.BLOCKED},
-    State.BLOCKED: {**_WAITING, Event.UNBLOCKED: State.QUEUED},
+    State.BLOCKED: {**_WAITING, Event.UNBLOCKED: State.QUEUED, Event.UNBLOCKED_FOR_LATER: State.SCHEDULED},
     State.HELD: {
         Event.RELEASED: State.QUEUED,
         Event.RELEASED_FOR_LATER: State.SCHEDULED,

@@ -149,7 +149,7 @@ class Alerts(Strict, frozen=True):
     deliver_to: list[str] = []
     oldest_queued: Duration = Duration(300)  # a ready task older than this while slots are free
     repeat_every: Duration = Duration(3600)
-    stalled_loop: Duration = Duration(30)
+    stalled_loop: Duration = Duration(90)
 
 
 class Canary(Strict, frozen=True):
@@ -162,7 +162,6 @@ class Retention(Strict, frozen=True):
     tasks: Duration = Duration(30 * 86400)
     events: Duration = Duration(90 * 86400)
     unpulled: Duration = Duration(30 * 86400)
-    folders: Duration = Duration(30 * 86400)
 
 
 class Limits(Strict, frozen=True):

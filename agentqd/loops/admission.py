@@ -14,18 +14,23 @@ from typing import Any, Final
 
 import msgspec
 
-from agentqd.core.errors import IdConflict, InvalidTask
+from agentqd.core.errors import IdConflict, InvalidTask, WriteConflict
 from agentqd.core.lifecycle import Event, Result, State
 from agentqd.core.limits import TASK_ID_CHARS_MAX
 from agentqd.core.outbox import OPEN_STATES
-from agentqd.core.resolve import placement, resolve
+from agentqd.core.resolve import Placement, placement, resolve
 from agentqd.core.routing import known_sink
-from agentqd.core.settings import Settings
+from agentqd.core.settings import Conflict, Settings
 from agentqd.core.task import TaskRequest, content_digest, derived_id, prompt_digest, read_task
 from agentqd.core.units import parse_time_us
 from agentqd.core.waking import next_wake_us, wake_times
+from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
+from agentqd.loops.finishing import AttemptEnd, add_result, result_data, settle
+from agentqd.loops.unblocking import DEPENDENCY, WRITE_CONFLICT
+from agentqd.storage import intents
 from agentqd.storage import tasks as store
+from agentqd.storage.paths import resolve_intents
 from agentqd.storage.prompts import Missing, read_prompt
 from agentqd.storage.tasks import NewTask, TaskRow
 from agentqd.storage.transaction import Transaction
@@ -40,6 +45,8 @@ class Candidate(msgspec.Struct):
     new: NewTask
     checks_content: bool  # an explicit id: another content under it is an id_conflict
     missing_prompt: str | None = None
+    writes: list[tuple[str, str]] = []  # (resolved, as given)
+    on_conflict: Conflict = "refuse"
 
 
 class Accepted(msgspec.Struct, frozen=True):
@@ -54,7 +61,7 @@ class Duplicate(msgspec.Struct, frozen=True):
     result: str | None
 
 
-Outcome = Accepted | Duplicate | InvalidTask
+Outcome = Accepted | Duplicate | InvalidTask | WriteConflict
 
 
 def prepare(raw: bytes, source: dict[str, Any], place: bytes, box: Box) -> Candidate:
@@ -101,7 +108,18 @@ def prepare(raw: bytes, source: dict[str, Any], place: bytes, box: Box) -> Candi
         ),
         checks_content=checks,
         missing_prompt=missing,
+        **_writes(request, where, settings),
     )
+
+
+def _writes(request: TaskRequest, where: Placement, settings: Settings) -> dict[str, Any]:
+    if not request.writes_to:
+        return {}
+    resolved = resolve(request, where.queue, where.runner, settings)
+    return {
+        "writes": resolve_intents(request.writes_to, resolved.workdir),
+        "on_conflict": resolved.on_conflict,
+    }
 
 
 def _identity(request: TaskRequest, raw: bytes, place: bytes) -> tuple[str, bool]:
@@ -174,32 +192,124 @@ def _allows_command(settings: Settings, runner: str) -> bool:
 
 def admit(tx: Transaction, box: Box, candidates: Sequence[Candidate | InvalidTask]) -> list[Outcome]:
     """Decide and record, in order. Refusals are returned as they are: what is told of them is the door's business."""
-    ids = [item.new.id for item in candidates if isinstance(item, Candidate)]
-    known = store.find_many(tx, ids)
-    outcomes: list[Outcome] = []
-    fresh: list[tuple[int, NewTask]] = []
-    inside: dict[str, Candidate] = {}
+    batch = _Batch(tx, box, candidates)
     for item in candidates:
-        if isinstance(item, InvalidTask):
-            outcomes.append(item)
-            continue
-        existing = known.get(item.new.id)
+        batch.take(item)
+    batch.flush()
+    return batch.outcomes
+
+
+class _Batch:
+    """New tasks are inserted together; one that comes after others or claims places sees all before it."""
+
+    def __init__(self, tx: Transaction, box: Box, candidates: Sequence[Candidate | InvalidTask]) -> None:
+        self._tx = tx
+        self._box = box
+        self._known = store.find_many(tx, [item.new.id for item in candidates if isinstance(item, Candidate)])
+        self._fresh: list[tuple[int, NewTask]] = []
+        self._inside: dict[str, Candidate] = {}
+        self.outcomes: list[Outcome] = []
+
+    def take(self, item: Candidate | InvalidTask) -> None:
+        self.outcomes.append(item if isinstance(item, InvalidTask) else self._decide(item))
+
+    def _decide(self, item: Candidate) -> Outcome:
+        tx = self._tx
+        existing = self._known.get(item.new.id)
         newest = item.new.id if existing is None else _newest_replay(tx, item.new.id)
-        if newest in inside:
-            outcomes.append(_twice_in_batch(tx, item, inside[newest]))
-            continue
+        if newest in self._inside:
+            return _twice_in_batch(tx, item, self._inside[newest])
         if newest != item.new.id:
             existing = store.find(tx, newest) or existing
-        outcome = None if existing is None else _meet(tx, box, item, existing)
-        if outcome is None:
-            inside[item.new.id] = item
-            fresh.append((len(outcomes), item.new))
-            outcome = Accepted(item.new.id, 0, State.QUEUED)
-        outcomes.append(outcome)
-    seqs = store.insert_tasks(tx, [new for _, new in fresh])
-    for (at, new), seq in zip(fresh, seqs, strict=True):
-        outcomes[at] = Accepted(new.id, seq, _state_after(new.event))
-    return outcomes
+        outcome = None if existing is None else _meet(tx, self._box, item, existing)
+        if outcome is not None:
+            return outcome
+        if item.request.after is not None or item.writes:
+            self.flush()
+            outcome = admit_entangled(tx, self._box, item)
+            if isinstance(outcome, Accepted):
+                self._inside[item.new.id] = item
+            return outcome
+        self._inside[item.new.id] = item
+        self._fresh.append((len(self.outcomes), item.new))
+        return Accepted(item.new.id, 0, State.QUEUED)
+
+    def flush(self) -> None:
+        seqs = store.insert_tasks(self._tx, [new for _, new in self._fresh])
+        for (at, new), seq in zip(self._fresh, seqs, strict=True):
+            accepted = Accepted(new.id, seq, _state_after(new.event))
+            if at < len(self.outcomes):
+                self.outcomes[at] = accepted
+        self._fresh.clear()
+
+
+def admit_entangled(tx: Transaction, box: Box, item: Candidate) -> Outcome:
+    """A task that comes after others, or claims places to write: checked before anything of it starts."""
+    request, new = item.request, item.new
+    found = store.find_many(tx, request.after_list())
+    missing = [name for name in request.after_list() if name not in found]
+    if missing:
+        return InvalidTask(
+            f"after: there is no task {missing[0]}; it must be submitted before the tasks that come after it",
+            code="unknown_dependency",
+            field="after",
+        )
+    conflicts = intents.conflicts_of(tx, [path for path, _ in item.writes], set(request.after_list()))
+    if conflicts:
+        intents.record_conflicts(tx, new.id, new.name, conflicts, item.on_conflict)
+        tx.event(
+            new.id,
+            "write_conflict",
+            policy=item.on_conflict,
+            others=[each.task_id for each in conflicts][:20],
+        )
+        if item.on_conflict == "refuse":
+            return _refuse_conflict(tx, box, item, conflicts)
+    waits = bool(found) or (bool(conflicts) and item.on_conflict == "queue")
+    if waits and new.event is not Event.ACCEPTED_BLOCKED:
+        new.event, new.reason = Event.ACCEPTED_BLOCKED, DEPENDENCY if found else WRITE_CONFLICT
+    (seq,) = store.insert_tasks(tx, [new])
+    tx.executemany(
+        "INSERT OR IGNORE INTO dependencies (task_seq, on_seq) VALUES (?, ?)",
+        [(seq, row.seq) for row in found.values()],
+    )
+    intents.claim(tx, seq, item.writes, item.on_conflict)
+    task = store.get(tx, seq)
+    if conflicts and item.on_conflict == "warn":
+        alert(tx, box, "write_conflict", _conflict_text(new.name, conflicts), task=task, policy="warn",
+              conflicts=[each.as_json() for each in conflicts])  # fmt: skip
+    if waits and task.reason in {DEPENDENCY, WRITE_CONFLICT}:
+        task = settle(tx, box, task)
+    return Accepted(new.id, seq, task.state)
+
+
+def _conflict_text(name: str, conflicts: list[intents.Conflict]) -> str:
+    first = conflicts[0]
+    more = f" (and {len(conflicts) - 1} more)" if len(conflicts) > 1 else ""
+    return (
+        f"{name} wants to write {first.path}, which task {first.task_id} ({first.task}) has claimed as"
+        f" {first.other_path}{more}"
+    )
+
+
+def _refuse_conflict(
+    tx: Transaction, box: Box, item: Candidate, conflicts: list[intents.Conflict]
+) -> Outcome:
+    """By socket: an error and no task. By file: a task that has finished, refused; its result tells of it."""
+    text = _conflict_text(item.new.name, conflicts)
+    told = [each.as_json() for each in conflicts]
+    if msgspec.json.decode(item.new.source)["kind"] == "socket":
+        return WriteConflict(
+            f"write conflict: {text}; try again later, or use on_conflict: queue", conflicts=told
+        )
+    new = item.new
+    new.event, new.reason, new.detail, new.wake_at = Event.REFUSED, WRITE_CONFLICT, text, None
+    (seq,) = store.insert_tasks(tx, [new])
+    task = store.get(tx, seq)
+    data = result_data(box, task, AttemptEnd(task.id, 0, item.request), None, {}, tx.now_us)
+    add_result(tx, box, task, item.request, {**data, "conflicts": told})
+    alert(tx, box, "write_conflict", text, task=task, policy="refuse", conflicts=told)
+    return Accepted(new.id, seq, State.FINISHED)
 
 
 def _state_after(event: Event) -> State:

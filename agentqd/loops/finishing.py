@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from agentqd.core.envelope import delivery_id, seal
-from agentqd.core.lifecycle import ACTIVE_STATES, Event, Result
+from agentqd.core.lifecycle import ACTIVE_STATES, Event, Result, State
 from agentqd.core.resolve import Resolved, resolve
 from agentqd.core.retry import LOST_REQUEUES_MAX, RETRIED_RESULTS, wait_s
 from agentqd.core.routing import Subject, sinks_for
@@ -22,6 +22,7 @@ from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
 from agentqd.loops.dropfolder import Handed, record
 from agentqd.loops.evidence import Seen, as_json
+from agentqd.loops.unblocking import candidates_after, request_of, unblock, what_blocks
 from agentqd.storage import outbox
 from agentqd.storage import tasks as store
 from agentqd.storage.tasks import AttemptRow, TaskRow
@@ -75,6 +76,7 @@ def finish_attempt(tx: Transaction, box: Box, end: AttemptEnd) -> Finished | Non
         moved = _finish(tx, task, event, verdict, said)
         data = result_data(box, moved, end, evidence, said, tx.now_us)
         add_result(tx, box, moved, end.request, data)
+        _settle_others(tx, box, moved)
     else:
         moved = store.move_task(
             tx, task, event, said=said, reason=verdict.reason, detail=verdict.detail, wake_at=wake
@@ -228,6 +230,35 @@ def _finish(tx: Transaction, task: TaskRow, event: Event, verdict: Verdict, said
     )
 
 
+def settle(tx: Transaction, box: Box, task: TaskRow) -> TaskRow:
+    """Look again at a blocked task: free it, keep it blocked (perhaps for another reason), or end what can never run."""
+    moved = _settle(tx, box, task)
+    if moved.state is State.FINISHED:
+        _settle_others(tx, box, moved)
+    return moved
+
+
+def _settle(tx: Transaction, box: Box, task: TaskRow) -> TaskRow:
+    request = request_of(tx, task)
+    reason, detail = what_blocks(tx, task, request)
+    if reason is None:
+        return unblock(tx, box, task, request)
+    if reason == "dependency_failed":
+        return _end_waiting(tx, box, task, Event.REFUSED, Verdict(Result.REFUSED, reason, detail))
+    tx.execute("UPDATE tasks SET reason = ?, detail = ? WHERE seq = ?", (reason, detail, task.seq))
+    return store.get(tx, task.seq)
+
+
+def _settle_others(tx: Transaction, box: Box, ended: TaskRow) -> None:
+    """Whom the end of a task frees, or ends; a list, not recursion: chains may be long."""
+    ends = [ended]
+    while ends:
+        for waiting in candidates_after(tx, ends.pop()):
+            moved = _settle(tx, box, waiting)
+            if moved.state is State.FINISHED:
+                ends.append(moved)
+
+
 def withdraw_claim(tx: Transaction, box: Box, was: TaskRow) -> None:
     """The worker provably never ran: the attempt is undone, its number is used again."""
     task = store.get(tx, was.seq)
@@ -258,19 +289,18 @@ def finish_waiting(
     detail: str | None = None,
 ) -> TaskRow:
     """End a task that has no worker: cancelled, expired, refused, out of time. Its result is delivered like any other."""
-    moved = _finish(
-        tx, task, event, Verdict(result, reason, detail), {"result": result.value, "reason": reason}
-    )
-    request = _request_of(tx, task)
-    end = AttemptEnd(task.id, task.attempt, request)
-    add_result(tx, box, moved, request, result_data(box, moved, end, None, {}, tx.now_us))
+    moved = _end_waiting(tx, box, task, event, Verdict(result, reason, detail))
+    _settle_others(tx, box, moved)
     return moved
 
 
-def _request_of(tx: Transaction, task: TaskRow) -> TaskRequest:
-    from agentqd.core.task import read_task
-
-    return read_task(store.spec_of(tx, task.seq)[0])
+def _end_waiting(tx: Transaction, box: Box, task: TaskRow, event: Event, verdict: Verdict) -> TaskRow:
+    said = {"result": verdict.result.value, "reason": verdict.reason}
+    moved = _finish(tx, task, event, verdict, said)
+    request = request_of(tx, task)
+    data = result_data(box, moved, AttemptEnd(task.id, task.attempt, request), None, {}, tx.now_us)
+    add_result(tx, box, moved, request, data)
+    return moved
 
 
 def result_data(

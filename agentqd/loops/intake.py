@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from agentqd.core.envelope import delivery_id, seal
-from agentqd.core.errors import InvalidTask, JournalError
+from agentqd.core.errors import AgentqError, InvalidTask, JournalError, WriteConflict
 from agentqd.core.lines import Line, split_glued
 from agentqd.core.routing import COMPLETIONS, REJECTED
 from agentqd.core.units import format_time
@@ -161,7 +161,7 @@ class Intake:
     def _record(self, tx: Transaction, chunk: Chunk, reads: list[Read]) -> None:
         outcomes = admit(tx, self.box, [read.outcome for read in reads])
         for read, outcome in zip(reads, outcomes, strict=True):
-            if isinstance(outcome, InvalidTask):
+            if isinstance(outcome, InvalidTask | WriteConflict):
                 assert chunk.position is not None
                 reject(tx, self.box, chunk.position, read.line, outcome)
                 self.rejected += 1
@@ -202,7 +202,7 @@ class Intake:
             self.folder.committed(chunk)
 
 
-def reject(tx: Transaction, box: Box, position: Position, line: Line, wrong: InvalidTask) -> None:
+def reject(tx: Transaction, box: Box, position: Position, line: Line, wrong: AgentqError) -> None:
     """Keep the line (queue/rejected.jsonl), tell the submitter (completions) and alert. Once for one place in one file."""
     place = f"{position.dev}:{position.ino}:{position.btime_ns}:{line.offset}:{hashlib.sha256(line.raw).hexdigest()[:16]}"
     kept_id = delivery_id(box.state_id, "", 0, "rejection", place)

@@ -19,7 +19,6 @@ from agentqd.storage.transaction import Transaction
 
 US: Final = 1_000_000
 _EVERY_S: Final = 5.0
-_STALLED_S: Final = 90.0  # every loop beats at least every 30 s when it has nothing to do
 _OVERDUE_ROWS: Final = 200
 
 
@@ -41,8 +40,8 @@ class Liveness:
 
     def stalled(self) -> list[str]:
         """Loops that have not turned for too long."""
-        now = self.box.clock.monotonic_s()
-        return [name for name, at in self.box.beats.items() if now - at > _STALLED_S]
+        now, most = self.box.clock.monotonic_s(), float(self.box.settings.alerts.stalled_loop)
+        return [name for name, at in self.box.beats.items() if now - at > most]
 
     def _bucket(self) -> int:
         """Alerts that stay true are repeated, once in `alerts.repeat_every`."""
@@ -153,7 +152,7 @@ class Liveness:
 
     async def _check_loops(self) -> None:
         for name in self.stalled():
-            message = f"the loop {name} has not turned for more than {format_duration(_STALLED_S)}"
+            message = f"the loop {name} has not turned for more than {format_duration(float(self.box.settings.alerts.stalled_loop))}"
             key = f"{name}:{self._bucket()}"
             await self.box.journal.commit(
                 lambda tx, message=message, key=key: alert(tx, self.box, "stalled_loop", message, key=key)  # type: ignore[misc]

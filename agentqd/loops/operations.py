@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from agentqd.core.errors import IllegalTransition, NoSuchTask
+from agentqd.core.errors import IllegalTransition, NoSuchTask, WriteConflict
 from agentqd.core.lifecycle import ACTIVE_STATES, Event, Result, State
 from agentqd.core.outbox import TABLE, RowEvent, RowState
 from agentqd.core.resolve import resolve
-from agentqd.core.task import read_task
 from agentqd.core.verdict import CANCELLED
 from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.box import Box
-from agentqd.loops.finishing import finish_waiting
+from agentqd.loops.finishing import finish_waiting, settle
 from agentqd.loops.supervision import Supervision
-from agentqd.storage import outbox
+from agentqd.loops.unblocking import request_of, what_blocks
+from agentqd.storage import intents, outbox
 from agentqd.storage import tasks as store
+from agentqd.storage.paths import resolve_intents
 from agentqd.storage.tasks import TaskRow
 from agentqd.storage.transaction import Transaction
 
@@ -48,21 +49,31 @@ def hold(tx: Transaction, task_id: str) -> TaskRow:
 
 
 def release(tx: Transaction, box: Box, task_id: str) -> TaskRow:
-    """Undo a hold; a start time that lies ahead still counts. Raises NoSuchTask, IllegalTransition."""
+    """Undo a hold; a start time that lies ahead, or what else blocks it, still counts. Raises NoSuchTask, IllegalTransition."""
     task = must_find(tx, task_id)
-    request = read_task(store.spec_of(tx, task.seq)[0])
+    request = request_of(tx, task)
     times = wake_times(request, resolve(request, task.queue, task.runner, box.settings), task.run_at)
     later = any(at > tx.now_us for at, what in times if what == "start_time")
     event = Event.RELEASED_FOR_LATER if later else Event.RELEASED
-    return store.move_task(tx, task, event, reason=None, wake_at=next_wake_us(times, tx.now_us))
+    moved = store.move_task(tx, task, event, reason=None, wake_at=next_wake_us(times, tx.now_us))
+    if request.prompt_ref is not None and store.spec_of(tx, task.seq)[1] is None:
+        return store.move_task(tx, moved, Event.BLOCKED, reason="prompt_missing", wake_at=tx.now_us)
+    reason, detail = what_blocks(tx, moved, request)
+    if reason is None:
+        return moved
+    return settle(tx, box, store.move_task(tx, moved, Event.BLOCKED, reason=reason, detail=detail))
 
 
 def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
-    """A new run of a finished task: its attempts start anew, its result gets a new id, delivered keys are not sent again."""
+    """A new run of a finished task: its attempts start anew, its result gets a new id, delivered keys are not sent again.
+
+    Raises NoSuchTask, IllegalTransition (not finished), WriteConflict (its places are claimed by another task now).
+    """
     task = must_find(tx, task_id)
-    request = read_task(store.spec_of(tx, task.seq)[0])
-    times = wake_times(request, resolve(request, task.queue, task.runner, box.settings), tx.now_us)
-    return store.move_task(
+    request = request_of(tx, task)
+    resolved = resolve(request, task.queue, task.runner, box.settings)
+    times = wake_times(request, resolved, tx.now_us)
+    moved = store.move_task(
         tx,
         task,
         Event.RETRY_REQUESTED,
@@ -73,8 +84,20 @@ def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
         finished_at=None,
         reason=None,
         detail=None,
-        wake_at=next_wake_us(times, tx.now_us),
+        wake_at=next_wake_us([(at, what) for at, what in times if what != "expires"], tx.now_us),
     )
+    if not request.writes_to:
+        return moved
+    paths = resolve_intents(request.writes_to, resolved.workdir)
+    conflicts = intents.conflicts_of(tx, [path for path, _ in paths], set(request.after_list()))
+    if conflicts and resolved.on_conflict != "warn":
+        first = conflicts[0]
+        raise WriteConflict(
+            f"task {first.task_id} ({first.task}) has claimed {first.other_path} meanwhile; nothing was changed",
+            conflicts=[each.as_json() for each in conflicts],
+        )
+    intents.claim(tx, task.seq, paths, resolved.on_conflict)
+    return moved
 
 
 def change_rows(

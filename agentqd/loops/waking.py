@@ -17,7 +17,7 @@ from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.admission import PROMPT_LOOK_AGAIN_US, prompt_roots
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box, Signal
-from agentqd.loops.finishing import finish_waiting
+from agentqd.loops.finishing import finish_waiting, settle
 from agentqd.storage import tasks as store
 from agentqd.storage.prompts import Missing, read_prompt
 from agentqd.storage.tasks import TaskRow
@@ -137,22 +137,11 @@ class Waker:
         if isinstance(found, InvalidTask):
             finish_waiting(tx, self.box, task, Event.REFUSED, Result.REFUSED, found.code, found.message)
         elif found is not None:
-            said = {"prompt_sha256": prompt_digest(found), "bytes": len(found)}
             content = content_digest(request, prompt_digest(found)) if task.content else b""
-            later = any(at > tx.now_us for at, what in wake_times(request, resolve(request, task.queue, task.runner, self.box.settings), task.run_at) if what == "start_time")  # fmt: skip
-            moved = store.move_task(
-                tx,
-                task,
-                Event.UNBLOCKED,
-                said=said,
-                reason=None,
-                wake_at=after,
-                prompt=found,
-                content=content,
-            )
-            if later:
-                held = store.move_task(tx, moved, Event.HOLD_REQUESTED)
-                store.move_task(tx, held, Event.RELEASED_FOR_LATER, wake_at=after)
+            tx.execute("UPDATE tasks SET prompt = ?, content = ? WHERE seq = ?", (found, content, task.seq))
+            tx.event(task.id, "prompt_found", bytes=len(found), prompt_sha256=prompt_digest(found))
+            store.set_wake(tx, task.seq, after)
+            settle(tx, self.box, store.get(tx, task.seq))
         elif tx.now_us - task.run_at >= int(self.box.settings.limits.late_prompt * US):
             waited = format_duration(float(self.box.settings.limits.late_prompt))
             detail = f"prompt_ref {request.prompt_ref!r} was not there within {waited}"

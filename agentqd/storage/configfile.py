@@ -177,11 +177,15 @@ class _Document:
 
 
 def _mended(value: dict[str, Any]) -> dict[str, Any]:
-    """`mode: 660` and `mode: 0660` mean the same as "0660"."""
-    control = value.get("control")
+    """A part with nothing but comments in it is an empty one; `mode: 660` and `mode: 0660` mean the same as "0660"."""
+    mended = {name: part for name, part in value.items() if part is not None}
+    for name in ("queues", "runners"):
+        if isinstance(mended.get(name), dict):
+            mended[name] = {each: {} if options is None else options for each, options in mended[name].items()}
+    control = mended.get("control")
     if isinstance(control, dict) and isinstance(control.get("mode"), int):
-        return {**value, "control": {**control, "mode": str(control["mode"])}}
-    return value
+        mended["control"] = {**control, "mode": str(control["mode"])}
+    return mended
 
 
 def _dotted(key: Key) -> str:

@@ -167,6 +167,10 @@ class Source:
     def size(self) -> int:
         return os.fstat(self.fd).st_size
 
+    def is_unchanged(self) -> bool:
+        """Whether the bytes before the position are still those that were consumed."""
+        return read_before(self.fd, self.offset) == self.tail
+
     def move_to(self, offset: int, tail: bytes) -> None:
         """The position is durable; or the same bytes are known to be read from another file."""
         self.offset = offset
@@ -265,10 +269,11 @@ def is_newer_than_end_of(trace: Trace, btime_ns: int) -> bool:
     return bool(btime_ns) and trace.gone_ns is not None and btime_ns > trace.gone_ns
 
 
-def skip_common(old: Source, new: Source, bytes_max: int, *, whole_lines: bool) -> None:
+def skip_common(old: Source, new: Source, bytes_max: int, *, whole_lines: bool, once: bool = False) -> None:
     """Move `old` over what `new` has at the same place and hands out itself.
 
     Only whole lines; or also a last line without newline, where nobody will end it in `old` but `new` has it.
+    `bytes_max` at a time, or (`once`) in all.
     """
     while True:
         left = os.pread(old.fd, bytes_max, old.offset)
@@ -278,7 +283,7 @@ def skip_common(old: Source, new: Source, bytes_max: int, *, whole_lines: bool) 
             common = left.rfind(b"\n", 0, common) + 1
         if common:
             old.move_to(old.offset + common, (old.tail + left[:common])[-TAIL_BYTES:])
-        if common < len(left) or not left:
+        if common < len(left) or not left or once:
             return
 
 

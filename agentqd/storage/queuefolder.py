@@ -23,7 +23,7 @@ from typing import Final
 from agentqd.core import limits
 from agentqd.core.lines import Line
 from agentqd.storage.files import rename_to_free_name
-from agentqd.storage.queuefile import Changed, Chunk, Found, Level, Mark, Position, Source, Want, read_before
+from agentqd.storage.queuefile import Changed, Chunk, Found, Level, Mark, Position, Source, Want
 from agentqd.storage.queuesources import OWN_NAME, ROTATED_AGE_US, QueueSources
 from agentqd.system.leases import has_writer, sole_holder
 
@@ -198,9 +198,7 @@ class QueueFolder:
         rest = source.remainder(want, size)
         if rest is None and source.deleted:
             self._files.drop(source)
-            self._files.tell(
-                "dropped", f"{source.name} (deleted) was read to its end", "info", name=source.name
-            )
+            self._files.tell("dropped", f"{source.name} was read to its end", "info", name=source.name)
         return rest
 
     def _nobody_writes(self, source: Source) -> bool:
@@ -268,7 +266,7 @@ class QueueFolder:
             if alone is False or (alone is None and age_us < ROTATED_AGE_WITHOUT_LEASES_US):
                 return
             size = source.size()
-            if size != source.offset or read_before(source.fd, size) != source.tail:
+            if size != source.offset or not source.is_unchanged():
                 source.final_size = size  # the next read hands out what is left
                 return
             if own:

@@ -22,6 +22,7 @@ from typing import Any, Final
 from agentqd.core import limits
 from agentqd.storage.files import create_empty, kind_of, make_folder, regular_files
 from agentqd.storage.queuefile import (
+    SCAN_BYTES_MAX,
     Level,
     Notice,
     Position,
@@ -178,7 +179,7 @@ class QueueSources:
             )
             self._adopt_between(trace, new_btime_ns, old, backup_of=old)
             return
-        old.deleted = True
+        old.deleted, old.name = True, f"{LIVE_NAME} (deleted)"  # whoever has the name next is another file
         unread = old.size() - old.offset
         facts: dict[str, Any] = {"offset": trace.offset, "unread_bytes": unread}
         heir = new if new is not None and not self._made_live and self._goes_on_in(trace, new, old) else None
@@ -236,8 +237,12 @@ class QueueSources:
             is_heir = backup_of is None and self._goes_on_in(trace, source, old)
             if is_heir:
                 heir = backup_of = source
-            elif (other := backup_of or old) is not None:
-                skip_common(source, other, limits.INTAKE_CHUNK_BYTES, whole_lines=True)
+            elif backup_of is not None and backup_of.is_unchanged():
+                skip_common(source, backup_of, limits.INTAKE_CHUNK_BYTES, whole_lines=True)
+            elif (
+                old is not None and old.is_unchanged()
+            ):  # it is gone: what was not read of it may be lost in a crash
+                skip_common(source, old, min(old.offset, SCAN_BYTES_MAX), whole_lines=True, once=True)
             message = f"{source.name} was {LIVE_NAME} for a moment; it is read too, from byte {source.offset}"
             self.tell("rotated", message, "info", name=source.name, offset=source.offset)
         return heir

@@ -33,6 +33,15 @@ class Done:
         return json.loads(self.out)
 
 
+class Process(subprocess.Popen[bytes]):
+    """One that does not outlive a test that has failed."""
+
+    def __exit__(self, kind: object, value: object, trace: object) -> None:
+        if kind is not None:
+            self.kill()
+        super().__exit__(None, None, None)
+
+
 @dataclass
 class Ctl:
     """Runs `agentqctl` for real, in a world of its own."""
@@ -59,10 +68,10 @@ class Ctl:
             "LC_ALL": "C.UTF-8", "TZ": "UTC", **self.env,
         }  # fmt: skip
 
-    def popen(self, *args: str, **settings: Any) -> subprocess.Popen[bytes]:
+    def popen(self, *args: str, **settings: Any) -> Process:
         settings.setdefault("stdout", subprocess.PIPE)
         settings.setdefault("stderr", subprocess.PIPE)
-        return subprocess.Popen([*PROGRAM, *args], env=self.environment(), cwd=self.root, **settings)
+        return Process([*PROGRAM, *args], env=self.environment(), cwd=self.root, **settings)
 
     def __call__(self, *args: str, stdin: bytes = b"", program: list[str] | None = None) -> Done:
         done = subprocess.run(

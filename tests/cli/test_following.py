@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -55,13 +56,16 @@ def test_wait_gives_up_after_its_timeout_and_the_task_goes_on(ctl: Ctl, daemon: 
 
 
 def test_wait_outlasts_a_restart_of_the_daemon(ctl: Ctl, daemon: StandIn) -> None:
-    daemon.tasks["a"] = a_task("a", state="running", result=None)
+    async def sit_on_it(request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(3600)  # the restart comes in the middle of a question
+        return web.Response()
+
+    daemon.answers[("GET", "/v1/tasks/a/wait")] = sit_on_it
     with ctl.popen("wait", "a", "--json") as process:
         wait_until(lambda: bool(daemon.requests("GET", "/v1/tasks/a/wait")))
         daemon.stop()
         again = StandIn(ctl.socket)
         again.tasks["a"] = a_task("a")
-        again.answers[("GET", "/v1/tasks/b")] = hang_up
         again.start()
         out, _ = process.communicate(timeout=20)
         again.stop()
@@ -244,8 +248,6 @@ def test_an_interrupt_at_any_moment_exits_130_without_a_word(ctl: Ctl, daemon: S
     block = threading.Event()
 
     async def hang(request: web.Request) -> web.StreamResponse:
-        import asyncio
-
         while not block.is_set():
             await asyncio.sleep(0.02)
         return web.Response()

@@ -304,3 +304,38 @@ def test_ids_sort_by_time_and_never_repeat() -> None:
 )  # fmt: skip
 def test_names_are_short_and_printable(text: str, name: str) -> None:
     assert name_from(text) == name
+
+
+def test_config_check_needs_no_daemon_and_names_path_line_and_nearest_key(ctl: Ctl) -> None:
+    with open(f"{ctl.root}/good.yaml", "w") as file:
+        file.write("max_workers: 3\n")
+    with open(f"{ctl.root}/bad.yaml", "w") as file:
+        file.write("max_workers: 3\nquues: {}\n")
+    assert ctl("config", "check", "good.yaml", "--json").json == {"ok": True, "path": f"{ctl.root}/good.yaml"}
+    bad = ctl("config", "check", "bad.yaml")
+    assert (bad.code, bad.out) == (65, "")
+    assert f"{ctl.root}/bad.yaml:2" in bad.err
+    assert "queues" in bad.err
+    assert ctl("config", "check", "bad.yaml", "--json").json["problems"][0]["line"] == 2
+    assert ctl("config", "check", "absent.yaml").code == 65
+    assert ctl("config", "schema").json["$defs"]
+
+
+def test_show_tells_a_delivery_once(ctl: Ctl, daemon: StandIn) -> None:
+    task = a_task()
+    task["events"].append(
+        {
+            "seq": 10,
+            "at": LATER,
+            "event": "delivered",
+            "data": {"sink": "completions", "delivery_id": "d1f0c2"},
+        }
+    )
+    daemon.tasks["t1"] = task
+    timeline = ctl("show", "t1").out.partition("Timeline")[2]
+    assert timeline.count("delivered") == 1
+
+
+def test_audit_verify_offline_without_a_journal_says_so(ctl: Ctl) -> None:
+    done = ctl("audit", "verify", "--offline", "--json")
+    assert (done.code, done.json["error"]) == (1, "state_folder")

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import stat
+import time
 
 import pytest
 
@@ -199,6 +200,32 @@ def test_a_line_that_a_replacement_does_not_have_is_still_read_from_the_old_file
         file.write(task(3) + b"\n" + task(5) + b"\n")
     copy.rename(reader.live)
     assert sorted(reader.drain()) == [task(3), task(4), task(5)]
+
+
+def test_a_deleted_file_is_never_taken_for_the_one_that_has_its_name_now(reader):
+    reader.drain()
+    reader.append(task(1))
+    for _ in range(2):
+        shutil.copy(reader.live, reader.folder / "new")
+        (reader.folder / "new").rename(reader.live)
+        reader.maintain(10**6)  # commits the positions, reads nothing
+    reader.restart()
+    assert reader.drain() == [task(1)]
+
+
+def test_unread_lines_of_a_deleted_file_are_not_skipped_in_a_later_copy_of_it(reader):
+    reader.drain()
+    reader.append(task(1))
+    for number in (2, 3):  # twice: not to be told from a deletion and a new file
+        shutil.copy(reader.live, reader.folder / "new")
+        (reader.folder / "new").rename(reader.live)
+        reader.append(task(number))
+        time.sleep(0.02)  # the clock of the file system must tick
+    reader.live.rename(reader.folder / "tasks.jsonl.2")
+    reader.append(task(4))
+    reader.maintain(10**6)
+    reader.restart()  # the descriptor of the first file is gone
+    assert set(reader.drain()) == {task(1), task(2), task(3), task(4)}
 
 
 @pytest.mark.parametrize("while_away", [False, True])

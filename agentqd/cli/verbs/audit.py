@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import click
@@ -85,9 +86,17 @@ def _row(event: dict[str, Any]) -> list[Cell | str]:
 
 
 @verb("verify")
-def verify(call: Call) -> int:
+@click.option(
+    "--offline", is_flag=True, help="Without a daemon: reads the journal itself, under the state lock."
+)
+def verify(call: Call, offline: bool) -> int:
     """Check the whole chain. Exits 1 if it is broken, and says where."""
-    found = call.box.connection.get("audit", "verify", extra_s=VERIFY_EXTRA_S)
+    if offline:
+        # By name: the journal's reader belongs to the daemon's side, and no other verb may ever load it.
+        state_dir = call.box.folders().state
+        found: dict[str, Any] = import_module("agentqd.storage.audit").verify_offline(state_dir)
+    else:
+        found = call.box.connection.get("audit", "verify", extra_s=VERIFY_EXTRA_S)
     if call.as_json:
         call.out.json(found)
     elif found.get("ok"):

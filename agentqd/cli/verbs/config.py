@@ -19,13 +19,15 @@ command = Family("config", help="Check and show the config.")
 @click.argument("file", required=False)
 def check(call: Call, file: str | None) -> int:
     """Check a config file; no daemon is needed. Exits 65 and names path, line and nearest key for each problem."""
-    path = os.path.abspath(file or default_config(os.environ))
+    path = os.path.abspath(file or default_config(os.environ, os.geteuid()))
+    if file is None and "AGENTQD_CONFIG" not in os.environ and not os.path.exists(path):
+        if call.as_json:
+            call.out.json({"ok": True, "path": None})
+        else:
+            call.out.line(f"{path} is not there: the defaults serve")
+        return 0
     if not os.path.exists(path):
-        raise ConfigError(
-            f"{path}: no such file" + ("" if file else "; without one the defaults serve"),
-            path=path,
-            problems=[],
-        )
+        raise ConfigError(f"{path}: no such file", problems=[])
     try:
         check_config(path)
     except ConfigError as error:
@@ -64,8 +66,10 @@ def show(call: Call) -> int:
 
 @verb("schema")
 def schema(call: Call) -> int:
-    """The JSON schema of the config file."""
-    call.out.pretty(call.box.connection.get("config", "schema"))
+    """The JSON schema of the config file; no daemon is needed."""
+    from agentqd.core.config_schema import config_schema
+
+    call.out.pretty(config_schema())
     return 0
 
 

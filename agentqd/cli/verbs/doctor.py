@@ -58,7 +58,7 @@ def _local_checks(call: Call) -> list[Finding]:
         status = call.box.connection.get("status")
     except AgentqError:
         status = {}
-    config = running_config(status) or default_config(os.environ)
+    config = running_config(status) or default_config(os.environ, os.geteuid())
     transport = call.box.connection.transport
     assert isinstance(transport, UnixTransport), "doctor runs on the box"
     try:

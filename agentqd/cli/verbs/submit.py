@@ -13,7 +13,7 @@ from agentqd.cli.ends import follow_to_the_end, say_end
 from agentqd.cli.verb import Call, verb
 from agentqd.client.ids import check_text, name_from, new_task_id, now_text
 from agentqd.client.tasks import exit_code_of, submit_task, wait_for
-from agentqd.core.errors import InvalidTask
+from agentqd.core.errors import AgentqError, InvalidTask
 from agentqd.core.limits import MIB
 
 PROMPT_BYTES_MAX = 48 * MIB  # a request of the control socket is at most 64 MiB, and JSON makes text longer
@@ -103,7 +103,11 @@ def command(call: Call, wait: bool, follow: bool, **said: Any) -> int:
             call.out.json(answer)
         return 0
     call.out.flush()
-    end = wait_for(call.box, str(answer.get("task_id")), may_be_unread=unread)
+    try:
+        end = wait_for(call.box, str(answer.get("task_id")), may_be_unread=unread)
+    except AgentqError as error:  # the task itself is in safe hands: say which one it is
+        error.fields |= {"task_id": answer.get("task_id"), "where": answer.get("where")}
+        raise
     if call.as_json:
         call.out.json({**answer, **{name: value for name, value in end.items() if name != "id"}})
     else:

@@ -1,0 +1,132 @@
+"""What a person should see first: worked out of the status object, each with the command that mends it where there is one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from shlex import quote
+from typing import Any, Final
+
+from agentqd.control.room import Room
+from agentqd.core.units import format_duration
+
+US: Final = 1_000_000
+UNDELIVERED_S: Final = 300.0
+STUCK_S: Final = 60.0
+TEXT_CHARS_MAX: Final = 400
+_ERRORS: Final = frozenset(
+    {"lost", "stuck", "dead_letter", "disk_low", "stalled_loop", "undelivered", "bad_config"}
+)
+Item = dict[str, Any]
+
+
+def attention(room: Room, status: dict[str, Any], stopping_since: dict[str, int], now_us: int) -> list[Item]:
+    """Errors first."""
+    found = [
+        *_supervisor(room, status),
+        *_disk(room, status),
+        *_config(room),
+        *_sinks(status),
+        *_stuck(status, stopping_since, now_us),
+        *_queues(room, status),
+        *_alerts(room, status),
+    ]
+    return sorted(found, key=lambda item: item["level"] != "error")
+
+
+def _item(level: str, text: str, fix: str | None = None) -> Item:
+    short = text if len(text) <= TEXT_CHARS_MAX else text[: TEXT_CHARS_MAX - 1] + "…"
+    return {"level": level, "text": short, "fix": fix}
+
+
+def under_systemd() -> bool:
+    return "NOTIFY_SOCKET" in os.environ or "INVOCATION_ID" in os.environ
+
+
+def _supervisor(room: Room, status: dict[str, Any]) -> Iterator[Item]:
+    link, shown = room.parts.supervision.link, status["supervisor"]
+    if shown is None:
+        fix = "systemctl start agentqd-supervisor" if under_systemd() else None
+        said = f": {link.refusal}" if link.refusal else ""
+        yield _item("error", f"no supervisor is connected, nothing can start{said}", fix)
+    elif shown["version"] != room.parts.version:
+        text = f"the supervisor runs version {shown['version']}, this daemon {room.parts.version}"
+        yield _item("warning", text, "systemctl restart agentqd-supervisor" if under_systemd() else None)
+    if status["daemon"]["draining"]:
+        yield _item(
+            "warning", "draining: nothing new is accepted over the socket or started", "agentqctl drain --off"
+        )
+
+
+def _disk(room: Room, status: dict[str, Any]) -> Iterator[Item]:
+    if status["disk"]["intake_stopped"]:
+        free, state = status["disk"]["free_bytes"] or 0, room.box.folders.state
+        fix = f"du -xh --max-depth=2 {quote(state)} | sort -h | tail"
+        yield _item("error", f"intake has stopped: only {free // 2**20} MiB are free in {state}", fix)
+
+
+def _config(room: Room) -> Iterator[Item]:
+    error = room.parts.reload.last_error
+    if error is not None:
+        path = room.parts.reload.path
+        fix = None if path is None else f"agentqctl config check {quote(path)}"
+        yield _item("error", f"the last config edit is not applied: {error.message}", fix)
+
+
+def _sinks(status: dict[str, Any]) -> Iterator[Item]:
+    for name, sink in status["sinks"].items():
+        why = f": {sink['last_error']}" if sink["last_error"] else ""
+        if sink["dead"]:
+            text = f"{_many(sink['dead'], 'delivery', 'deliveries')} to {name} gave up and will not be sent again by itself{why}"
+            yield _item("error", text, f"agentqctl outbox retry ALL --sink {quote(name)}")
+        oldest = sink["oldest_pending_s"]
+        if oldest is not None and oldest > UNDELIVERED_S:
+            text = f"{_many(sink['pending'], 'delivery', 'deliveries')} to {name} not delivered, the oldest for {format_duration(oldest)}{why}"
+            yield _item("warning", text, f"agentqctl outbox list --sink {quote(name)}")
+
+
+def _stuck(status: dict[str, Any], since: dict[str, int], now_us: int) -> Iterator[Item]:
+    for task in status["running"]:
+        began = since.get(task["id"])
+        if began is not None and now_us - began > STUCK_S * US:
+            for_s = format_duration((now_us - began) / US)
+            text = f"task {task['id']} ({task['task']}) has been stopping for {for_s}: processes of it do not die"
+            yield _item("error", text, f"agentqctl show {task['id']}")
+
+
+def _queues(room: Room, status: dict[str, Any]) -> Iterator[Item]:
+    for name, queue in status["queues"].items():
+        options = room.box.settings.queues.get(name)
+        if queue["paused"] and queue["waiting"]:
+            by_config = options is not None and options.paused
+            where = " (by the config)" if by_config else ""
+            text = f"queue {name} is paused{where}, {_many(queue['waiting'], 'task waits', 'tasks wait')}"
+            yield _item("warning", text, None if by_config else f"agentqctl resume {quote(name)}")
+        if name != "default" and options is None and queue["waiting"]:
+            text = f"queue {name} is no longer in the config, {_many(queue['waiting'], 'task waits', 'tasks wait')} in it"
+            yield _item("warning", text)
+
+
+def _alerts(room: Room, status: dict[str, Any]) -> Iterator[Item]:
+    for alert in status["alerts"]:
+        kind = str(alert["type"]).removeprefix("agentq.alert.")
+        times = f"{alert['count']} times in 24 h, last: " if alert["count"] > 1 else ""
+        fix = (
+            f"agentqctl show {alert['task_id']}"
+            if alert["task_id"]
+            else _FIXES.get(kind, "").format(room.box.folders.rejected)
+        )
+        yield _item(
+            "error" if kind in _ERRORS else "warning", f"{kind}: {times}{alert['message']}", fix or None
+        )
+
+
+_FIXES: Final = {
+    "line_rejected": "tail {0}",
+    "dead_letter": "agentqctl outbox list --state dead",
+    "undelivered": "agentqctl outbox list --state pending,retryable",
+}
+
+
+def _many(n: int, one: str, more: str) -> str:
+    return f"{n} {one if n == 1 else more}"

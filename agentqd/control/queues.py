@@ -1,0 +1,139 @@
+"""Pausing queues, draining the daemon, and who claims to write where."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Any, Final
+
+from aiohttp import web
+
+from agentqd.control import queries
+from agentqd.control.room import Room
+from agentqd.control.route import Call, Handler, NoSuchQueue, Route, answer, is_text, known_fields
+from agentqd.core.errors import IllegalTransition, InvalidRequest
+from agentqd.core.limits import LIST_ROWS_MAX
+from agentqd.core.units import format_time
+from agentqd.storage.transaction import Transaction
+
+
+def _pausing(*, on: bool) -> Handler:
+    async def handler(call: Call) -> web.StreamResponse:
+        known_fields(await call.body(), ())
+        room, queue = call.room, call.part("name")
+        await _check_queue(room, queue)
+        options = room.box.settings.queues.get(queue)
+        if not on and options is not None and options.paused:
+            text = (
+                f"queue {queue} is paused by the config (queues.{queue}.paused); say false there and save it"
+            )
+            raise IllegalTransition(text, queue=queue, paused=True)
+        await room.box.journal.commit(lambda tx: _set_paused(tx, room, queue, on=on))
+        room.box.log.info("queue_paused" if on else "queue_resumed", queue=queue)
+        return answer({"queue": queue, "paused": on})
+
+    return handler
+
+
+async def _check_queue(room: Room, queue: str) -> None:
+    """Raises NoSuchQueue: neither in the config nor with a task."""
+    known = queue == "default" or queue in room.box.settings.queues
+    if not known and is_text(queue):
+        sql = "SELECT 1 FROM task_counts WHERE queue = ? AND n <> 0 LIMIT 1"
+        known = await room.box.journal.read(lambda c: c.execute(sql, (queue,)).fetchone()) is not None
+    if not known:
+        there_is = ", ".join(sorted({"default", *room.box.settings.queues}))
+        raise NoSuchQueue(f"there is no queue {queue[:80]!r}; there is {there_is}", queue=queue[:80])
+
+
+def _set_paused(tx: Transaction, room: Room, queue: str, *, on: bool) -> None:
+    """A unit. The scheduler hears of it here, on its own thread and before the claims that ride on this very commit: after
+    the answer to a pause nothing of the queue starts. (A failed commit ends this scheduler together with its journal.)"""
+    had = {row[0] for row in tx.execute("SELECT queue FROM paused_queues")}
+    if on and queue not in had:
+        tx.execute("INSERT INTO paused_queues (queue, at) VALUES (?, ?)", (queue, tx.now_us))
+        tx.event(None, "queue_paused", queue=queue)
+    elif not on and queue in had:
+        tx.execute("DELETE FROM paused_queues WHERE queue = ?", (queue,))
+        tx.event(None, "queue_resumed", queue=queue)
+    room.parts.supervision.scheduler.paused = frozenset(had | {queue} if on else had - {queue})
+
+
+async def drain(call: Call) -> web.StreamResponse:
+    body = await call.body()
+    known_fields(body, ("on",))
+    on = body.get("on")
+    if not isinstance(on, bool):
+        raise InvalidRequest('the body is {"on": true} or {"on": false}', field="on")
+    call.room.parts.set_draining(on)
+    call.room.box.log.info("draining" if on else "draining_ended")
+    return answer({"draining": on})
+
+
+async def list_claims(call: Call) -> web.StreamResponse:
+    rows = await call.room.box.journal.read(lambda c: c.execute(queries.CLAIMS, (LIST_ROWS_MAX,)).fetchall())
+    claims = [
+        {
+            "path": path,
+            "given": given,
+            "policy": policy,
+            "since": format_time(since),
+            "expires_at": format_time(expires),
+            "task_id": task_id,
+            "task": name,
+            "state": state,
+        }
+        for path, given, policy, since, expires, task_id, name, state in rows
+    ]
+    return answer({"claims": claims})
+
+
+async def list_conflicts(call: Call) -> web.StreamResponse:
+    def query(connection: sqlite3.Connection) -> list[dict[str, Any]]:
+        return [
+            {
+                "path": path,
+                "task_id": task_id,
+                "task": name,
+                "other_id": other_id,
+                "other_task": other_name,
+                "policy": policy,
+                "count": count,
+                "first_at": format_time(first),
+                "last_at": format_time(last),
+            }
+            for path, task_id, name, other_id, other_name, policy, count, first, last in connection.execute(
+                queries.CONFLICTS, (LIST_ROWS_MAX,)
+            )
+        ]
+
+    return answer({"conflicts": await call.room.box.journal.read(query)})
+
+
+_MISSING: Final = {404: "no_such_queue"}
+ROUTES: Final = (
+    Route(
+        "POST",
+        "/v1/queues/{name}/pause",
+        "Start nothing more of a queue.",
+        _pausing(on=True),
+        body={"type": "object"},
+        more_statuses=_MISSING,
+    ),
+    Route(
+        "POST",
+        "/v1/queues/{name}/resume",
+        "Undo a pause.",
+        _pausing(on=False),
+        body={"type": "object"},
+        more_statuses={**_MISSING, 409: "illegal_transition"},
+    ),
+    Route(
+        "POST",
+        "/v1/drain",
+        "Accept nothing new over the socket and start nothing; `false` ends it.",
+        drain,
+        body={"type": "object", "required": ["on"], "properties": {"on": {"type": "boolean"}}},
+    ),
+    Route("GET", "/v1/writes", "Write claims held now.", list_claims),
+    Route("GET", "/v1/writes/conflicts", "Write conflicts seen, by pair, with counts.", list_conflicts),
+)
