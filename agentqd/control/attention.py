@@ -68,8 +68,7 @@ def _disk(room: Room, status: dict[str, Any]) -> Iterator[Item]:
 def _config(room: Room) -> Iterator[Item]:
     error = room.parts.reload.last_error
     if error is not None:
-        path = room.parts.reload.path
-        fix = None if path is None else f"agentqctl config check {quote(path)}"
+        fix = f"agentqctl config check {quote(room.parts.reload.path)}"
         yield _item("error", f"the last config edit is not applied: {error.message}", fix)
 
 

@@ -17,7 +17,7 @@ async def show_config(call: Call) -> web.StreamResponse:
     reload, settings = call.room.parts.reload, call.room.box.settings
     error = reload.last_error
     view: dict[str, Any] = {
-        "path": reload.path,
+        "path": call.room.config_path,
         "applied_at": format_time(reload.applied_at),
         "sha256": reload.sha256,
         "settings": settings_as_json(settings),

@@ -151,13 +151,13 @@ def _supervisor(room: Room) -> Iterator[Check]:
 def _config(room: Room) -> Iterator[Check]:
     reload = room.parts.reload
     if reload.last_error is not None:
-        fix = None if reload.path is None else f"agentqctl config check {quote(reload.path)}"
+        fix = f"agentqctl config check {quote(reload.path)}"
         yield check("config", "error", f"the last edit is not applied: {reload.last_error.message}", fix)
     else:
         yield check(
             "config",
             "ok",
-            f"{reload.path or 'no file, the defaults'}, applied {format_time(reload.applied_at)}",
+            f"{room.config_path or 'no file, the defaults'}, applied {format_time(reload.applied_at)}",
         )
 
 

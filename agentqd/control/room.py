@@ -80,6 +80,11 @@ class Room:
         by_config = {name for name, queue in self.box.settings.queues.items() if queue.paused}
         return self.parts.supervision.scheduler.paused | by_config
 
+    @property
+    def config_path(self) -> str | None:
+        """The config file that is applied; None while the defaults serve without one."""
+        return self.parts.reload.path if self.parts.reload.sha256 else None
+
     def deadline(self, wait_s: float) -> float:
         return self.box.clock.monotonic_s() + wait_s
 

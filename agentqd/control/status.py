@@ -106,7 +106,7 @@ def _daemon(room: Room) -> dict[str, Any]:
         "rss_bytes": rss_bytes(),
         "draining": room.box.draining,
         "state_dir": room.box.folders.state,
-        "config": room.parts.reload.path,
+        "config": room.config_path,
     }
 
 

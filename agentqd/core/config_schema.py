@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import msgspec
+from msgspec import inspect
 
 from agentqd.core.settings import Settings
 from agentqd.core.units import Backoff, Duration, Size, encode_unit
@@ -20,24 +21,48 @@ _SIZE: Final = {
 }
 
 
-def _schema_hook(kind: type) -> dict[str, Any]:
-    if kind is Duration:
-        return dict(_DURATION)
-    if kind is Size:
-        return dict(_SIZE)
-    if kind is Backoff:
-        return {"oneOf": [dict(_DURATION), {"type": "array", "items": dict(_DURATION), "minItems": 1}]}
-    raise NotImplementedError(f"no schema for {kind}")
+_BACKOFF: Final = {"oneOf": [_DURATION, {"type": "array", "items": _DURATION, "minItems": 1}]}
+_CUSTOM: Final[dict[type, dict[str, Any]]] = {Duration: _DURATION, Size: _SIZE, Backoff: _BACKOFF}
+_PLAIN: Final[tuple[tuple[type[inspect.Type], str], ...]] = (
+    (inspect.BoolType, "boolean"),
+    (inspect.IntType, "integer"),
+    (inspect.StrType, "string"),
+    (inspect.NoneType, "null"),
+)
 
 
 def config_schema() -> dict[str, Any]:
-    """JSON Schema (2020-12) of the config file."""
-    schema = msgspec.json.schema(Settings, schema_hook=_schema_hook)
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "agentqd.yaml",
-        **schema,
-    }
+    """JSON Schema (2020-12) of the config file, from the settings' own types: it cannot drift from them."""
+    schema = _of(inspect.type_info(Settings))
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "agentqd.yaml", **schema}
+
+
+def _of(kind: inspect.Type) -> dict[str, Any]:
+    if isinstance(kind, inspect.StructType):
+        return {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {field.encode_name: _field(field) for field in kind.fields},
+            "required": [field.encode_name for field in kind.fields if field.required],
+        }
+    if isinstance(kind, inspect.DictType):
+        return {"type": "object", "additionalProperties": _of(kind.value_type)}
+    if isinstance(kind, inspect.ListType):
+        return {"type": "array", "items": _of(kind.item_type)}
+    if isinstance(kind, inspect.LiteralType):
+        return {"enum": list(kind.values)}
+    if isinstance(kind, inspect.UnionType):
+        return {"anyOf": [_of(each) for each in kind.types]}
+    if isinstance(kind, inspect.CustomType):
+        return _CUSTOM[kind.cls]
+    return {"type": next(name for each, name in _PLAIN if isinstance(kind, each))}
+
+
+def _field(field: inspect.Field) -> dict[str, Any]:
+    schema = _of(field.type)
+    if field.default is msgspec.NODEFAULT or field.default is None or isinstance(field.default, msgspec.Struct):
+        return schema
+    return {**schema, "default": msgspec.to_builtins(field.default, enc_hook=encode_unit)}
 
 
 def settings_as_json(settings: Settings) -> dict[str, Any]:

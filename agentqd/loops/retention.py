@@ -102,7 +102,7 @@ class Retention:
                 tx.count_outbox(sink, state, -n)
             for table in ("outbox", "tries"):
                 tx.execute(
-                    f"DELETE FROM {table} WHERE entry_seq IN (SELECT seq FROM entries WHERE task_seq = ?)",
+                    f"DELETE FROM {table} WHERE entry_seq IN (SELECT seq FROM entries WHERE task_seq = ?)",  # noqa: S608 - fixed names
                     (seq,),
                 )
             for table in ("entries", "attempts", "intents", "dependencies"):

@@ -58,7 +58,7 @@ OVERFLOW: Final = Overflow.OVERFLOW
 Hints = frozenset[Hint]
 
 
-class InotifyUnavailable(AgentqError):  # noqa: N818 - named like the others in core.errors
+class InotifyUnavailable(AgentqError):
     """No inotify, or no further watch. `sysctl` names the limit that was reached, where one was."""
 
     code = "inotify_unavailable"

@@ -318,7 +318,7 @@ def test_config_check_needs_no_daemon_and_names_path_line_and_nearest_key(ctl: C
     assert "queues" in bad.err
     assert ctl("config", "check", "bad.yaml", "--json").json["problems"][0]["line"] == 2
     assert ctl("config", "check", "absent.yaml").code == 65
-    assert ctl("config", "schema").json["$defs"]
+    assert ctl("config", "schema").json["$schema"]
 
 
 def test_show_tells_a_delivery_once(ctl: Ctl, daemon: StandIn) -> None:

@@ -205,10 +205,11 @@ def test_a_line_that_a_replacement_does_not_have_is_still_read_from_the_old_file
 def test_a_deleted_file_is_never_taken_for_the_one_that_has_its_name_now(reader):
     reader.drain()
     reader.append(task(1))
-    for _ in range(2):
+    for turn in range(2):
         shutil.copy(reader.live, reader.folder / "new")
         (reader.folder / "new").rename(reader.live)
-        reader.maintain(10**6)  # commits the positions, reads nothing
+        if turn == 0:
+            reader.maintain(10**6)  # commits the positions, reads nothing
     reader.restart()
     assert reader.drain() == [task(1)]
 
