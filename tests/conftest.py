@@ -38,7 +38,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """With --no-skips, turn the skip of a test that must run into a failure that says why it did not."""
     report: pytest.TestReport = yield
     must_run = any(item.get_closest_marker(mark) for mark in MUST_RUN_IN_CI)
-    if report.skipped and must_run and not hasattr(report, "wasxfail") and item.config.getoption("--no-skips"):
+    if (
+        report.skipped
+        and must_run
+        and not hasattr(report, "wasxfail")
+        and item.config.getoption("--no-skips")
+    ):
         report.outcome = "failed"
         report.longrepr = f"did not run, and --no-skips demands it: {_reason(report)}"
     return report

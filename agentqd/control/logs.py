@@ -80,15 +80,10 @@ async def read_log(call: Call) -> web.StreamResponse:
             left_s = room.left_s(deadline)
             if piece.data or where.ended or left_s <= 0:
                 return _answer(where, piece)
-            await room.wait_for(changed, min(left_s, pause_s))
+            told = await room.wait_for(changed, min(left_s, pause_s))
             pause_s = min(pause_s * 1.5, _POLL_MAX_S)
             now = room.box.clock.monotonic_s()
-            if (
-                now - looked >= _LOOK_AGAIN_S
-                or changed.is_set()
-                or room.closing.is_set()
-                or room.left_s(deadline) <= 0
-            ):
+            if told or now - looked >= _LOOK_AGAIN_S or room.left_s(deadline) <= 0:
                 looked = now
                 where = await _look(room, task_id, where.attempt, query["stream"])
 

@@ -92,15 +92,17 @@ class Room:
         """Seconds until `deadline`; none once the server closes, so that long polls answer at once."""
         return 0.0 if self.closing.is_set() else max(0.0, deadline - self.box.clock.monotonic_s())
 
-    async def wait_for(self, event: asyncio.Event, most_s: float) -> None:
-        """Until the event is set, the time is over, or the server closes. Clears the event."""
+    async def wait_for(self, event: asyncio.Event, most_s: float) -> bool:
+        """Until the event is set (True), the time is over, or the server closes. Clears the event."""
         waits = [asyncio.ensure_future(event.wait()), asyncio.ensure_future(self.closing.wait())]
         try:
             await asyncio.wait(waits, timeout=most_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
+        was_set = event.is_set()
         event.clear()
+        return was_set
 
     async def commit_after(self, commits: int, most_s: float) -> int:
         """Wait for a commit beyond `commits` (a number that the journal counts; cheap to look at). Returns the count now."""

@@ -51,6 +51,7 @@ def alert(
             key=f"{kind}:{key}",
             type=type_,
             payload=seal(entry_id, type_, box.name, task.id if task else None, tx.now_us, data),
+            task_id=task.id if task else None,
             sinks=[name for name in alert_sinks(box.settings, subject) if name != not_to],
         ),
     )

@@ -12,7 +12,9 @@ import asyncio
 import functools
 import hashlib
 import random
+import sqlite3
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -32,6 +34,7 @@ from agentqd.storage.transaction import Transaction
 
 US: Final = 1_000_000
 _IDLE_MAX_S: Final = 30.0
+_FRESH_MAX: Final = 2000  # rows kept in memory a sink; beyond them they are read back from the journal
 _OPEN_RETRY_S: Final = (0.2, 1.0, 5.0, 15.0)
 _BUILT_IN: Final = {COMPLETIONS: SinkSettings(type=COMPLETIONS), REJECTED: SinkSettings(type=REJECTED)}
 
@@ -55,7 +58,10 @@ class SinkRunner:
         context = Context(name, settings, box.folders.state, exec_, box.clock.now_us)
         self._sink: Sink = make_sink(context, int(box.settings.limits.completions_bytes_max))
         self._slots = asyncio.Semaphore(max(1, self._sink.concurrency))
-        self._marking: set[asyncio.Future[None]] = set()
+        self._fresh: deque[DueRow] = deque()
+        self._look = True
+        self._look_at: int | None = None  # a deferred row falls due
+        self._covered = 0  # entries up to this seq were seen by a read of the journal
 
     async def run(self) -> None:
         """Until cancelled. Raises JournalError."""
@@ -65,15 +71,67 @@ class SinkRunner:
                 while True:
                     self.box.beat(f"sink:{self.name}")
                     await self._slots.acquire()
-                    batch = await self._due()
+                    batch = await self._next_batch()
                     if batch:
                         self.in_flight |= {row.entry_seq for row in batch}
                         sends.create_task(self._send(batch))
                         continue
                     self._slots.release()
-                    await self.kick.wait(await self._idle_s())
+                    await self.kick.wait(self._idle_s())
         finally:
             await self._sink.close()
+
+    # What is to be sent: new rows come with the commit that made them; the journal is read at the start, when a deferred row
+    # falls due, when a person asks, and when more came than is kept here.
+
+    def offer(self, rows: list[DueRow], *, look: bool) -> None:
+        """After a commit: new rows, and whether there are others to be looked for in the journal."""
+        if len(self._fresh) + len(rows) > _FRESH_MAX:
+            self._fresh.clear()
+            look = True
+        if look:
+            self._look = True
+        else:
+            self._fresh.extend(rows)
+        self.kick.set()
+
+    async def _next_batch(self) -> list[DueRow]:
+        if self._look or (self._look_at is not None and self._look_at <= self.box.clock.now_us()):
+            batch = await self._from_journal()
+            if batch:
+                return batch
+        batch = []
+        while self._fresh and len(batch) < self._sink.batch_max:
+            row = self._fresh.popleft()
+            if row.entry_seq > self._covered and row.entry_seq not in self.in_flight:
+                batch.append(row)
+        return batch
+
+    async def _from_journal(self) -> list[DueRow]:
+        """Due rows that are not in flight. Fewer than asked for: all that was committed before this read is covered by it."""
+        self._look, self._look_at = False, None
+        now = self.box.clock.now_us()
+        limit = self._sink.batch_max + len(self.in_flight)
+
+        def query(connection: sqlite3.Connection) -> tuple[list[DueRow], int, int | None]:
+            newest = outbox.newest_entry(connection)  # first: what is committed after it comes as a fresh row
+            rows = outbox.due(connection, self.name, now, limit)
+            return rows, newest, outbox.next_due(connection, self.name, now)
+
+        rows, newest, later = await self.box.journal.read(query)
+        waiting = [row for row in rows if row.entry_seq not in self.in_flight]
+        if len(rows) >= limit or len(waiting) > self._sink.batch_max:
+            self._look = True
+            self._fresh.clear()
+        else:
+            self._covered = max(self._covered, newest, *(row.entry_seq for row in rows))
+        self._look_at = later
+        return waiting[: self._sink.batch_max]
+
+    def _idle_s(self) -> float:
+        if self._look_at is None:
+            return _IDLE_MAX_S
+        return min(_IDLE_MAX_S, max(0.001, (self._look_at - self.box.clock.now_us()) / US))
 
     async def _open(self) -> None:
         """Open the plug; an append sink first reads back what its file already holds."""
@@ -111,19 +169,6 @@ class SinkRunner:
                 None, "delivery_found", sink=self.name, delivery_id=item.delivery_id, position=item.position
             )
 
-    async def _due(self) -> list[DueRow]:
-        now = self.box.clock.now_us()
-        limit = self._sink.batch_max + len(self.in_flight)
-        rows = await self.box.journal.read(lambda c: outbox.due(c, self.name, now, limit))
-        return [row for row in rows if row.entry_seq not in self.in_flight][: self._sink.batch_max]
-
-    async def _idle_s(self) -> float:
-        now = self.box.clock.now_us()
-        at = await self.box.journal.read(lambda c: outbox.next_due(c, self.name, now))
-        if at is None:
-            return _IDLE_MAX_S
-        return min(_IDLE_MAX_S, max(0.001, (at - self.box.clock.now_us()) / US))
-
     async def _send(self, batch: list[DueRow]) -> None:
         try:
             outcomes = await self._deliver(batch)
@@ -132,18 +177,20 @@ class SinkRunner:
         self._tell_notices()
         now = self.box.clock.now_us()
         marks = [self._mark(row, outcome, now) for row, outcome in zip(batch, outcomes, strict=True)]
-        future = self.box.journal.submit(lambda tx: self._record(tx, batch, outcomes, marks))
-        seqs = {row.entry_seq for row in batch}
-        self._marking.add(future)
-        future.add_done_callback(lambda done: self._marked(done, seqs))
+        future = self.box.journal.submit_lazily(lambda tx: self._record(tx, batch, outcomes, marks))
+        future.add_done_callback(lambda done: self._marked(done, batch, marks))
 
-    def _marked(self, done: asyncio.Future[None], seqs: set[int]) -> None:
-        self._marking.discard(done)
-        self.in_flight -= seqs
+    def _marked(self, done: asyncio.Future[None], batch: list[DueRow], marks: list[Mark]) -> None:
+        self.in_flight -= {row.entry_seq for row in batch}
+        due = [mark.due_at for mark in marks if mark.due_at is not None]
+        if due:
+            self._look_at = min([*due, *([] if self._look_at is None else [self._look_at])])
         error = None if done.cancelled() else done.exception()
         if error is not None and not isinstance(error, JournalError):
             self.box.log.error("unit_failed", sink=self.name, error=repr(error))
-        self.kick.set()
+            self._look = True
+        if due or self._look:
+            self.kick.set()
 
     async def _deliver(self, batch: list[DueRow]) -> Sequence[Outcome]:
         """The plug's answer, made safe: one outcome for each, whatever it did."""
@@ -271,15 +318,18 @@ class DeliveryLoop:
 
     def before_commit(self, tx: Transaction) -> None:
         """The journal's hook: sinks that get rows with this commit are woken after it."""
-        sinks = tx.sinks_made_pending()
-        if sinks:
-            tx.after_commit(lambda: self.kick(sinks))
+        given = tx.sinks_made_pending()
+        if given:
+            fresh: dict[str, list[DueRow]] = {name: [] for name in given}
+            for sink, row in tx.fresh_rows:
+                fresh[sink].append(row)
+            tx.after_commit(lambda: self._offer(given, fresh))
 
-    def kick(self, sinks: set[str]) -> None:
-        for name in sinks:
+    def _offer(self, given: dict[str, int], fresh: dict[str, list[DueRow]]) -> None:
+        for name, rows in fresh.items():
             runner = self.runners.get(name)
             if runner is not None:
-                runner.kick.set()
+                runner.offer(rows, look=given[name] > len(rows))
 
     async def run(self) -> None:
         """Until cancelled. Raises JournalError (in a group)."""

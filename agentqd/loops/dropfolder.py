@@ -210,6 +210,7 @@ def _write(
             key=item.key,
             type=type_,
             payload=seal(entry_id, type_, box.name, task.id, tx.now_us, data),
+            task_id=task.id,
             sinks=sinks_for(box.settings, subject, own if own is not None else request.deliver_to, defaults),
             blob=item.blob,
             dead_reason=dead,

@@ -352,6 +352,7 @@ def add_result(tx: Transaction, box: Box, task: TaskRow, request: TaskRequest, d
             key="result",
             type=type_,
             payload=seal(entry_id, type_, box.name, task.id, tx.now_us, data),
+            task_id=task.id,
             sinks=sinks_for(box.settings, subject, request.deliver_to, resolved.deliver_to),
         ),
     )

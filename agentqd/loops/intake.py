@@ -131,7 +131,7 @@ class Intake:
             )
             return [Read(line, wrong)]
         first = self._prepare(chunk, line)
-        if not isinstance(first, InvalidTask) or first.code != "invalid_json":
+        if not isinstance(first, InvalidTask) or first.code not in {"invalid_json", "invalid_utf8"}:
             return [Read(line, first)]
         glued = split_glued(line.raw)
         if glued is None:
@@ -140,7 +140,7 @@ class Intake:
 
     def _unglue(self, chunk: Chunk, line: Line, prefix: bytes, suffix: bytes) -> list[Read]:
         """A torn line with a good one glued to its end: the torn part is rejected, the good one is taken."""
-        shift = line.raw.rindex(suffix)
+        shift = len(prefix)
         torn = Line(line.offset, shift, prefix)
         good = Line(line.offset + shift, line.length - shift, suffix)
         wrong = InvalidTask(

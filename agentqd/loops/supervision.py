@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -181,7 +182,7 @@ class Supervision:
 
     def _submit(self, unit: Any) -> None:
         """A unit that nobody waits for; a failed journal is told elsewhere, a refused unit is a bug and logged."""
-        future = self.box.journal.submit(unit)
+        future = self.box.journal.submit_lazily(unit)
         future.add_done_callback(self._unit_done)
 
     def _unit_done(self, future: asyncio.Future[Any]) -> None:
@@ -300,7 +301,12 @@ class Supervision:
             if live is not None:
                 live.ended = True
                 ends.append((live, item))
-        collected = await loop.run_in_executor(self._threads, self._collect, ends)
+        left_nothing = all(self._left_nothing(item) for _, item in ends)
+        collected = (
+            self._collect(ends)
+            if left_nothing
+            else await loop.run_in_executor(self._threads, self._collect, ends)
+        )
         ready = [await self._with_check(end) for end in collected]
 
         def unit(tx: Transaction) -> None:
@@ -309,6 +315,21 @@ class Supervision:
 
         future = self.box.journal.submit(unit)
         future.add_done_callback(lambda done: self._finished(done, ready))
+
+    def _left_nothing(self, item: wire.Exited | AttemptEnd) -> bool:
+        """No output and empty folders: there is nothing to read or fsync, and no thread to be asked for it."""
+        if isinstance(item, AttemptEnd) or item.pid is None:
+            return True
+        folder = self.box.folders.attempt(item.task, item.attempt)
+        try:
+            return not (
+                item.stdout_bytes
+                or item.stderr_bytes
+                or os.listdir(f"{folder}/outbox")
+                or os.listdir(f"{folder}/work")
+            )
+        except OSError:
+            return False
 
     def _live_of(self, item: wire.Exited | AttemptEnd) -> Live | None:
         task_id, attempt = _of(item)

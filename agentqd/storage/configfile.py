@@ -181,7 +181,9 @@ def _mended(value: dict[str, Any]) -> dict[str, Any]:
     mended = {name: part for name, part in value.items() if part is not None}
     for name in ("queues", "runners"):
         if isinstance(mended.get(name), dict):
-            mended[name] = {each: {} if options is None else options for each, options in mended[name].items()}
+            mended[name] = {
+                each: {} if options is None else options for each, options in mended[name].items()
+            }
     control = mended.get("control")
     if isinstance(control, dict) and isinstance(control.get("mode"), int):
         mended["control"] = {**control, "mode": str(control["mode"])}

@@ -19,8 +19,9 @@ import os
 import queue
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from agentqd.core import limits
 from agentqd.core.errors import JournalError, SchemaTooNew, StateFolderError
@@ -33,6 +34,7 @@ _CHECKPOINT_IDLE_S: Final = 0.25
 _CHECKPOINT_IDLE_CHANGES: Final = 500
 _CHECKPOINT_FORCED_CHANGES: Final = 50_000
 _WAL_TRUNCATE_BYTES: Final = 64 * limits.MIB
+_LAZY_S: Final = 0.02
 _WAL_WARM_BYTES: Final = 8 * limits.MIB
 
 
@@ -103,6 +105,13 @@ def _migrations() -> dict[int, str]:
     }
 
 
+def _nothing(tx: Transaction) -> None:
+    """Only wakes the journal's thread."""
+
+
+_ONLY_LAZY: Final[tuple[Unit, asyncio.Future[Any]]] = (_nothing, cast("asyncio.Future[Any]", None))
+
+
 class Journal:
     """Opened by `open`, closed by `close`; between them `commit` and `read` from the loop's thread."""
 
@@ -117,6 +126,10 @@ class Journal:
         self.units = 0
         self._now_us = now_us
         self._inbox: queue.SimpleQueue[tuple[Unit, asyncio.Future[Any]] | None] = queue.SimpleQueue()
+        self._lazy: deque[tuple[Unit, asyncio.Future[Any]]] = (
+            deque()
+        )  # ride on the next commit, or make one soon
+        self._lazy_timer: asyncio.TimerHandle | None = None
         self._reads: queue.SimpleQueue[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any]] | None]
         self._reads = queue.SimpleQueue()
         self._error: JournalError | None = None
@@ -171,6 +184,22 @@ class Journal:
             self._inbox.put((unit, future))
         return future
 
+    def submit_lazily(self, unit: Callable[[Transaction], T]) -> asyncio.Future[T]:
+        """The same for what nobody waits for: it shares the next commit that is made anyway, or one within 20 ms."""
+        future: asyncio.Future[T] = self._loop.create_future()
+        if self._error is not None:
+            future.set_exception(self._error)
+            return future
+        self._lazy.append((unit, future))
+        if self._lazy_timer is None:
+            self._lazy_timer = self._loop.call_later(_LAZY_S, self._flush_lazy)
+        return future
+
+    def _flush_lazy(self) -> None:
+        self._lazy_timer = None
+        if self._lazy:
+            self._inbox.put(_ONLY_LAZY)
+
     async def commit(self, unit: Callable[[Transaction], T]) -> T:
         """Run `unit` in a transaction and return its value once it is durable.
 
@@ -204,13 +233,23 @@ class Journal:
             item = self._inbox.get(timeout=self._idle_timeout())
             while True:
                 if item is None:
-                    return batch, True
-                batch.append(item)
+                    return self._with_lazy(batch), True
+                if item is not _ONLY_LAZY:
+                    batch.append(item)
                 if len(batch) >= limits.JOURNAL_BATCH_UNITS_MAX:
-                    return batch, False
+                    return self._with_lazy(batch), False
                 item = self._inbox.get_nowait()
         except queue.Empty:
-            return batch, False
+            return self._with_lazy(batch), False
+
+    def _with_lazy(
+        self, batch: list[tuple[Unit, asyncio.Future[Any]]]
+    ) -> list[tuple[Unit, asyncio.Future[Any]]]:
+        """The lazy units that wait come first: they are older."""
+        lazy: list[tuple[Unit, asyncio.Future[Any]]] = []
+        while self._lazy and len(lazy) < limits.JOURNAL_BATCH_UNITS_MAX:
+            lazy.append(self._lazy.popleft())
+        return lazy + batch
 
     def _idle_timeout(self) -> float | None:
         changed = self._connection.total_changes - self._changes_at_checkpoint

@@ -53,6 +53,7 @@ class NewEntry(msgspec.Struct):
     type: str
     payload: bytes
     sinks: Sequence[str]
+    task_id: str | None = None
     blob: str | None = None
     dead_reason: str | None = None  # set aside at once: rows are `dead` with this reason
     due_at: int | None = None
@@ -109,7 +110,14 @@ def add_entry(tx: Transaction, entry: NewEntry) -> int:
     for sink in entry.sinks:
         tx.execute(_INSERT_ROW, (seq, sink, state.value, tx.now_us, due_at, entry.dead_reason))
         tx.count_outbox(sink, state.value, 1)
+        if not dead:
+            tx.fresh_rows.append((sink, _fresh(tx, entry, seq, sink, digest, due_at or tx.now_us)))
     return seq
+
+
+def _fresh(tx: Transaction, entry: NewEntry, seq: int, sink: str, digest: bytes, due_at: int) -> DueRow:
+    return DueRow(seq, sink, RowState.PENDING, 0, tx.now_us, entry.delivery_id, entry.type, entry.kind, entry.key, entry.task_id,
+                  entry.payload, entry.blob, digest, due_at)  # fmt: skip
 
 
 def add_row(tx: Transaction, entry_seq: int, sink: str) -> None:
@@ -121,6 +129,11 @@ def add_row(tx: Transaction, entry_seq: int, sink: str) -> None:
 def due(source: sqlite3.Connection | Transaction, sink: str, now_us: int, limit: int) -> list[DueRow]:
     """Rows whose time has come, the longest due first; with their payloads."""
     return [DueRow(r[0], r[1], RowState(r[2]), *r[3:]) for r in source.execute(_DUE, (sink, now_us, limit))]
+
+
+def newest_entry(source: sqlite3.Connection | Transaction) -> int:
+    """The highest entry seq: what a read of due rows has covered."""
+    return int(source.execute("SELECT coalesce(max(seq), 0) FROM entries").fetchone()[0])
 
 
 def next_due(source: sqlite3.Connection | Transaction, sink: str, after_us: int) -> int | None:

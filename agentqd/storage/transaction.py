@@ -81,6 +81,7 @@ class Transaction:
         "connection",
         "earliest_wake",
         "execute",
+        "fresh_rows",
         "now_us",
         "numbers",
     )
@@ -96,6 +97,10 @@ class Transaction:
         self._after: list[Callable[[], None]] = []
         self._later: list[Callable[[], None]] = []
         self.earliest_wake: int | None = None  # the earliest wake_at that this transaction has set
+
+        self.fresh_rows: list[
+            tuple[str, Any]
+        ] = []  # (sink, outbox.DueRow) of new entries: saves their sinks a read
 
     def will_wake(self, at_us: int | None) -> None:
         """A waiting task is to be looked at again at this time."""
@@ -142,30 +147,36 @@ class Transaction:
         """The queues into which this transaction has put a task that may start."""
         return {queue for queue, state, _, change in self._task_counts if state == "queued" and change > 0}
 
-    def sinks_made_pending(self) -> set[str]:
-        """The sinks that this transaction has given rows to send."""
-        return {sink for sink, state, change in self._outbox_counts if state == "pending" and change > 0}
+    def sinks_made_pending(self) -> dict[str, int]:
+        """How many rows to send this transaction has given to each sink, new ones (`fresh_rows`) and others."""
+        given: dict[str, int] = {}
+        for sink, state, change in self._outbox_counts:
+            if state == "pending" and change > 0:
+                given[sink] = given.get(sink, 0) + change
+        return given
 
     # The journal's side.
 
-    def mark(self) -> tuple[int, int, int, int, int, Numbers]:
+    def mark(self) -> tuple[int, int, int, int, int, int, Numbers]:
         return (
             len(self._events),
             len(self._task_counts),
             len(self._outbox_counts),
             len(self._after),
             len(self._later),
+            len(self.fresh_rows),
             self.numbers.copy(),
         )
 
-    def return_to(self, mark: tuple[int, int, int, int, int, Numbers]) -> None:
+    def return_to(self, mark: tuple[int, int, int, int, int, int, Numbers]) -> None:
         """Forget what a failed unit said (its rows are rolled back to its savepoint)."""
         del self._events[mark[0] :]
         del self._task_counts[mark[1] :]
         del self._outbox_counts[mark[2] :]
         del self._after[mark[3] :]
         del self._later[mark[4] :]
-        self.numbers = mark[5]
+        del self.fresh_rows[mark[5] :]
+        self.numbers = mark[6]
 
     def flush(self) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
         """Write events and sums; called once, last before COMMIT. Returns what is to be done after it, at once and later."""

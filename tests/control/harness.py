@@ -174,7 +174,9 @@ class Daemon:
         def unit(tx: Any) -> None:
             task = store.find(tx, task_id)
             assert task is not None
-            finish_attempt(tx, self.box, AttemptEnd(task_id, attempt, read_task(store.spec_of(tx, task.seq)[0]), exited))
+            finish_attempt(
+                tx, self.box, AttemptEnd(task_id, attempt, read_task(store.spec_of(tx, task.seq)[0]), exited)
+            )
 
         await self.journal.commit(unit)
         self.supervision.live.pop(task_id, None)
@@ -187,16 +189,22 @@ class Daemon:
         await self.end_task(task_id)
         return task_id
 
-    async def deliver(self, sink: str = "completions", event: RowEvent = RowEvent.ACKNOWLEDGED, error: str | None = None) -> int:
+    async def deliver(
+        self, sink: str = "completions", event: RowEvent = RowEvent.ACKNOWLEDGED, error: str | None = None
+    ) -> int:
         """What the sink's runner records for all its pending rows. Returns how many."""
 
         def unit(tx: Any) -> int:
             sql = "SELECT entry_seq FROM outbox WHERE sink=? AND state IN ('pending','retryable') ORDER BY entry_seq"
             rows = tx.execute(sql, (sink,)).fetchall()
-            last = tx.one("SELECT coalesce(max(position), 0) FROM outbox WHERE sink=? AND position IS NOT NULL", (sink,))[0]
+            last = tx.one(
+                "SELECT coalesce(max(position), 0) FROM outbox WHERE sink=? AND position IS NOT NULL", (sink,)
+            )[0]
             is_known = event is RowEvent.ACKNOWLEDGED
             for n, (seq,) in enumerate(rows, 1):
-                was = RowState(tx.one("SELECT state FROM outbox WHERE entry_seq=? AND sink=?", (seq, sink))[0])
+                was = RowState(
+                    tx.one("SELECT state FROM outbox WHERE entry_seq=? AND sink=?", (seq, sink))[0]
+                )
                 mark(tx, [Mark(seq, sink, was, event, 1, None, last + n if is_known else None, error)])
             return len(rows)
 
@@ -210,7 +218,9 @@ class Daemon:
 
         source = {"kind": "file", "file": "tasks.jsonl", "offset": 0, "length": 1}
         for start in range(0, count, 5000):
-            ready = [prepare(raw(n), source, b"%d" % n, self.box) for n in range(start, min(count, start + 5000))]
+            ready = [
+                prepare(raw(n), source, b"%d" % n, self.box) for n in range(start, min(count, start + 5000))
+            ]
             await self.journal.commit(lambda tx, ready=ready: admit(tx, self.box, ready))
 
     async def until(self, condition: Any, within_s: float = 10.0) -> None:

@@ -23,7 +23,11 @@ async def test_events_come_in_order_with_their_hashes(daemon: Daemon) -> None:
     task_id = await daemon.run_to_end()
     found = await daemon.get("/v1/audit/events", limit="3")
     assert [event["seq"] for event in found["events"]] == [1, 2, 3]
-    assert (found["more"], found["events"][0]["task_id"], len(found["events"][0]["hash"])) == (True, task_id, 64)
+    assert (found["more"], found["events"][0]["task_id"], len(found["events"][0]["hash"])) == (
+        True,
+        task_id,
+        64,
+    )
     assert not (await daemon.get("/v1/audit/events", after="3"))["more"]
     await daemon.fails("GET", "/v1/audit/events?after=x", 400, "invalid_request")
 
@@ -32,7 +36,15 @@ async def test_a_whole_chain_verifies_in_steps(daemon: Daemon, monkeypatch: pyte
     monkeypatch.setattr(audit, "STEP_EVENTS", 2)
     await daemon.admit_many(20)
     found = await daemon.get("/v1/audit/verify")
-    assert found == {**found, "ok": True, "events": 20, "first_seq": 1, "last_seq": 20, "broken_at": None, "reason": None}
+    assert found == {
+        **found,
+        "ok": True,
+        "events": 20,
+        "first_seq": 1,
+        "last_seq": 20,
+        "broken_at": None,
+        "reason": None,
+    }
 
 
 @pytest.mark.parametrize(
@@ -59,7 +71,9 @@ async def test_a_removed_prefix_with_its_checkpoint_is_whole(daemon: Daemon) -> 
 
     def unit(tx: Any) -> None:
         kept = tx.one("SELECT hash FROM events WHERE seq = 6")[0]
-        tx.execute("INSERT INTO meta VALUES ('chain_checkpoint_seq', 6), ('chain_checkpoint_hash', ?)", (kept,))
+        tx.execute(
+            "INSERT INTO meta VALUES ('chain_checkpoint_seq', 6), ('chain_checkpoint_hash', ?)", (kept,)
+        )
         tx.execute("DELETE FROM events WHERE seq <= 6")
 
     await daemon.journal.commit(unit)
@@ -86,7 +100,9 @@ async def test_offline_verify_holds_the_lock_and_finds_the_same(daemon: Daemon, 
         audit.verify_offline(str(root))
 
 
-async def test_the_stream_goes_on_after_a_seq_and_brings_what_comes(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_stream_goes_on_after_a_seq_and_brings_what_comes(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(events, "EMPTY_LINE_S", 0.2)
     monkeypatch.setattr(events, "PAGE_EVENTS", 2)
     await daemon.admit_many(5)

@@ -27,7 +27,10 @@ async def test_outbox_rows_are_listed_by_state_sink_and_task(daemon: Daemon) -> 
     await daemon.deliver("completions")
 
     async def rows(**query: str) -> list[tuple[str, str, str]]:
-        return [(row["task_id"], row["sink"], row["state"]) for row in (await daemon.get("/v1/outbox", **query))["rows"]]
+        return [
+            (row["task_id"], row["sink"], row["state"])
+            for row in (await daemon.get("/v1/outbox", **query))["rows"]
+        ]
 
     done, todo = (first, "completions", "delivered"), (first, "out", "pending")
     assert await rows() == [(second, "completions", "delivered"), done, todo]
@@ -63,7 +66,9 @@ async def test_one_entry_is_shown_with_its_envelope_and_its_tries(daemon: Daemon
     await daemon.fails("GET", "/v1/outbox/dnope", 404, "no_such_delivery")
 
 
-async def test_a_person_holds_releases_retries_and_drops_rows(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_person_holds_releases_retries_and_drops_rows(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(outbox, "CHANGES_A_COMMIT", 2)
     monkeypatch.setattr(outbox, "WINDOW", 3)
     for _ in range(5):
@@ -75,7 +80,9 @@ async def test_a_person_holds_releases_retries_and_drops_rows(daemon: Daemon, mo
     assert (await daemon.get("/v1/outbox", state="dead"))["rows"][0]["last_error"] == "no"
     assert await daemon.post("/v1/outbox/retry", {"all": True}) == {"changed": 5}
     await daemon.deliver()
-    assert await daemon.post("/v1/outbox/retry", {"all": True}) == {"changed": 0}  # delivered ones only by name
+    assert await daemon.post("/v1/outbox/retry", {"all": True}) == {
+        "changed": 0
+    }  # delivered ones only by name
     assert await daemon.post("/v1/outbox/drop", {"all": True}) == {"changed": 0}
     ids = [row["delivery_id"] for row in (await daemon.get("/v1/outbox"))["rows"]]
     assert await daemon.post("/v1/outbox/retry", {"delivery_ids": [*ids, "dnope"]}) == {"changed": 5}
@@ -84,7 +91,14 @@ async def test_a_person_holds_releases_retries_and_drops_rows(daemon: Daemon, mo
 
 @pytest.mark.parametrize(
     "body",
-    [{}, {"delivery_ids": ["d"], "all": True}, {"delivery_ids": "d"}, {"all": True, "state": "x"}, {"all": "yes"}, {"ids": []}],
+    [
+        {},
+        {"delivery_ids": ["d"], "all": True},
+        {"delivery_ids": "d"},
+        {"all": True, "state": "x"},
+        {"all": "yes"},
+        {"ids": []},
+    ],
 )
 async def test_a_change_that_says_not_clearly_which_rows_is_refused(daemon: Daemon, body: object) -> None:
     for verb in ("retry", "hold", "release", "drop"):
@@ -96,7 +110,13 @@ async def test_completions_are_the_very_lines_that_the_sink_writes(daemon: Daemo
     for n in range(3):
         await daemon.run_to_end(id=f"t{n}")
     await daemon.submit(id="t3")
-    context = Context("completions", Sink(type="completions"), daemon.folders.state, daemon.supervision.execs, daemon.clock.now_us)
+    context = Context(
+        "completions",
+        Sink(type="completions"),
+        daemon.folders.state,
+        daemon.supervision.execs,
+        daemon.clock.now_us,
+    )
     assert make_sink(context, 1 << 20)
     task = asyncio.ensure_future(daemon.delivery.run())
     try:
@@ -121,10 +141,19 @@ async def test_each_consumer_has_a_position_that_never_moves_back(daemon: Daemon
     assert [row["seq"] for row in (await daemon.get("/v1/completions"))["rows"]] == [1, 2, 3]
     page = await daemon.get("/v1/completions", limit="2", consumer="laptop")
     assert (page["consumer"], page["acknowledged"], page["more"], len(page["rows"])) == ("laptop", 0, True, 2)
-    assert await daemon.post("/v1/consumers/laptop/ack", {"seq": 2}) == {"consumer": "laptop", "acknowledged": 2}
-    assert await daemon.post("/v1/consumers/laptop/ack", {"seq": 1}) == {"consumer": "laptop", "acknowledged": 2}
+    assert await daemon.post("/v1/consumers/laptop/ack", {"seq": 2}) == {
+        "consumer": "laptop",
+        "acknowledged": 2,
+    }
+    assert await daemon.post("/v1/consumers/laptop/ack", {"seq": 1}) == {
+        "consumer": "laptop",
+        "acknowledged": 2,
+    }
     assert [row["seq"] for row in (await daemon.get("/v1/completions", consumer="laptop"))["rows"]] == [3]
-    assert await daemon.post("/v1/consumers/laptop/ack", {"seq": 999}) == {"consumer": "laptop", "acknowledged": 3}
+    assert await daemon.post("/v1/consumers/laptop/ack", {"seq": 999}) == {
+        "consumer": "laptop",
+        "acknowledged": 3,
+    }
     (one,) = (await daemon.get("/v1/consumers"))["consumers"]
     assert (one["name"], one["acknowledged"], one["behind"]) == ("laptop", 3, 0)
     for body in ({}, {"seq": -1}, {"seq": True}, {"seq": "1"}, {"seq": 1, "x": 1}):
@@ -141,7 +170,9 @@ async def test_a_waiting_pull_answers_with_the_commit_that_delivers(daemon: Daem
     assert len((await asyncio.wait_for(waiting, 5))["rows"]) == 1
 
 
-async def test_a_page_of_completions_is_bounded_in_bytes_but_never_empty(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_page_of_completions_is_bounded_in_bytes_but_never_empty(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for _ in range(3):
         await daemon.run_to_end()
     await daemon.deliver()

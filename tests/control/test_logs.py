@@ -38,7 +38,10 @@ def write(path: str, content: bytes) -> None:
 
 async def test_a_running_tasks_output_is_read_in_pieces_and_has_no_end_yet(daemon: Daemon) -> None:
     task_id, path = await running(daemon)
-    assert await logs(daemon, task_id) == (b"", {"Agentq-Offset": "0", "Agentq-Next-Offset": "0", "Agentq-Attempt": "1"})
+    assert await logs(daemon, task_id) == (
+        b"",
+        {"Agentq-Offset": "0", "Agentq-Next-Offset": "0", "Agentq-Attempt": "1"},
+    )
     write(path, b"hello world")
     data, headers = await logs(daemon, task_id, offset=2, limit=4)
     assert (data, headers["Agentq-Offset"], headers["Agentq-Next-Offset"]) == (b"llo ", "2", "6")
@@ -95,7 +98,9 @@ async def test_holes_that_the_worker_itself_made_are_its_zeros(daemon: Daemon) -
     assert (await logs(daemon, task_id))[0] == bytes(3 * BLOCK) + b"x"
 
 
-async def test_a_hole_that_appears_while_reading_makes_the_piece_be_read_again(daemon: Daemon, monkeypatch: Any) -> None:
+async def test_a_hole_that_appears_while_reading_makes_the_piece_be_read_again(
+    daemon: Daemon, monkeypatch: Any
+) -> None:
     task_id, path = await running(daemon)
     write(path, b"h" * BLOCK + b"m" * 2 * BLOCK + b"t" * 100)
     real, calls = os.pread, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from typing import Any
@@ -38,7 +39,11 @@ async def test_the_sums_follow_the_tasks(daemon: Daemon) -> None:
     waiting = await daemon.submit()
     await daemon.post(f"/v1/tasks/{await daemon.submit()}/cancel")
     status = await daemon.get("/v1/status")
-    assert {state: n for state, n in status["tasks"].items() if n} == {"running": 1, "queued": 1, "finished": 1}
+    assert {state: n for state, n in status["tasks"].items() if n} == {
+        "running": 1,
+        "queued": 1,
+        "finished": 1,
+    }
     assert {result: n for result, n in status["results"].items() if n} == {"cancelled": 1}
     queue = status["queues"]["default"]
     assert (queue["running"], queue["waiting"], queue["paused"]) == (1, 1, False)
@@ -51,19 +56,20 @@ async def test_the_sums_follow_the_tasks(daemon: Daemon) -> None:
     assert waiting
 
 
-@pytest.mark.parametrize("settings", [Settings(queues={"slow": Queue(paused=True)}, sinks={"hook": Sink(type="file", path="/x/y")})])
-async def test_attention_names_each_trouble_with_its_fix(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    await daemon.submit(queue="slow")
-    await daemon.submit()
+@pytest.mark.parametrize(
+    "settings",
+    [Settings(queues={"slow": Queue(paused=True)}, sinks={"hook": Sink(type="file", path="/x/y")})],
+)
+async def test_attention_names_each_trouble_with_its_fix(daemon: Daemon) -> None:
     await daemon.run_to_end(deliver_to=["hook"])
     await daemon.deliver("hook", RowEvent.REJECTED, "the receiver said no")
     daemon.delivery.runners["hook"] = fake_runner(last_error="the receiver said no")
-    daemon.connect_supervisor(version="1.0")
-    await daemon.post("/v1/queues/default/pause")
+    daemon.disconnect_supervisor()
+    await daemon.submit(queue="slow")
     daemon.set_draining(True)
+    daemon.connect_supervisor(version="1.0")
     daemon.box.disk_low = True
     daemon.reload.last_error = ConfigError("queues.slow.pausd: unknown", problems=[])
-    await daemon.submit_alerts() if hasattr(daemon, "submit_alerts") else None
 
     def unit(tx: Any) -> None:
         for n in range(3):
@@ -71,7 +77,6 @@ async def test_attention_names_each_trouble_with_its_fix(daemon: Daemon, monkeyp
         tx.execute("UPDATE outbox SET created_at = created_at - 600000000 WHERE sink = 'completions'")
 
     await daemon.journal.commit(unit)
-    await daemon.submit(id="late") if not daemon.box.draining else None
     status = await daemon.get("/v1/status")
     found = {item["text"]: item["fix"] for item in status["attention"]}
 
@@ -79,10 +84,10 @@ async def test_attention_names_each_trouble_with_its_fix(daemon: Daemon, monkeyp
         (match,) = [value for key, value in found.items() if text in key]
         return match
 
-    assert fix("deliver") if False else fix("the receiver said no") == "agentqctl outbox retry ALL --sink hook"
+    assert fix("the receiver said no") == "agentqctl outbox retry ALL --sink hook"
     assert fix("not delivered, the oldest") == "agentqctl outbox list --sink completions"
     assert fix("queue slow is paused (by the config)") is None
-    assert fix("the supervisor runs version 1.0") is None or True
+    assert fix("the supervisor runs version 1.0") is None
     assert fix("draining") == "agentqctl drain --off"
     assert "du " in str(fix("intake has stopped"))
     assert fix("is not applied") == "agentqctl config check /etc/agentqd/agentqd.yaml"
@@ -138,11 +143,19 @@ async def test_writes_shows_claims_and_conflicts_by_pair(daemon: Daemon) -> None
     def unit(tx: Any) -> None:
         tx.execute("INSERT INTO intents VALUES (1, '/srv/repo', 'repo', 'refuse', 1, NULL)")
         for seq in (1, 2):
-            tx.execute("INSERT INTO conflicts VALUES (?, ?, NULL, 'two', '/srv/repo', 'one', '/srv/repo', 'refuse')", (seq, seq))
+            tx.execute(
+                "INSERT INTO conflicts VALUES (?, ?, NULL, 'two', '/srv/repo', 'one', '/srv/repo', 'refuse')",
+                (seq, seq),
+            )
 
     await daemon.journal.commit(unit)
     (claim,) = (await daemon.get("/v1/writes"))["claims"]
-    assert (claim["path"], claim["task_id"], claim["task"], claim["state"]) == ("/srv/repo", "one", "demo", "queued")
+    assert (claim["path"], claim["task_id"], claim["task"], claim["state"]) == (
+        "/srv/repo",
+        "one",
+        "demo",
+        "queued",
+    )
     (pair,) = (await daemon.get("/v1/writes/conflicts"))["conflicts"]
     assert (pair["task"], pair["other_id"], pair["other_task"], pair["count"]) == ("two", "one", "demo", 2)
 
@@ -161,8 +174,6 @@ async def test_metrics_are_prometheus_text(daemon: Daemon) -> None:
 
 
 async def test_doctor_finds_what_is_wrong_and_says_how_to_mend_it(daemon: Daemon) -> None:
-    import os
-
     def by_name(answer: dict[str, Any]) -> dict[str, Any]:
         return {check["name"]: check for check in answer["checks"]}
 
@@ -189,7 +200,11 @@ async def test_config_and_schema_and_reload(daemon: Daemon, monkeypatch: pytest.
     stand_in.settings_as_json = lambda settings: {"max_workers": settings.max_workers}  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "agentqd.core.config_schema", stand_in)
     shown = await daemon.get("/v1/config")
-    assert (shown["path"], shown["settings"], shown["error"]) == ("/etc/agentqd/agentqd.yaml", {"max_workers": None}, None)
+    assert (shown["path"], shown["settings"], shown["error"]) == (
+        "/etc/agentqd/agentqd.yaml",
+        {"max_workers": None},
+        None,
+    )
     assert await daemon.get("/v1/config/schema") == {"type": "object"}
     assert await daemon.post("/v1/reload") == {"changed": True}
     daemon.reload.last_error = ConfigError("bad", problems=[{"line": 3}])

@@ -16,7 +16,13 @@ from .harness import Daemon
 async def test_submit_answers_201_and_the_task_is_in_the_journal(daemon: Daemon) -> None:
     status, answer = await daemon.ask("POST", "/v1/tasks", data=b'{"task":"a","prompt":"true","id":"one"}')
     assert status == 201
-    assert answer == {"task_id": "one", "state": "queued", "result": None, "duplicate": False, "where": "accepted"}
+    assert answer == {
+        "task_id": "one",
+        "state": "queued",
+        "result": None,
+        "duplicate": False,
+        "where": "accepted",
+    }
     rows = await daemon.journal.read(lambda c: c.execute("SELECT id, source FROM tasks").fetchall())
     assert rows == [("one", '{"kind":"socket"}')]
 
@@ -24,7 +30,9 @@ async def test_submit_answers_201_and_the_task_is_in_the_journal(daemon: Daemon)
 async def test_the_same_id_again_is_a_duplicate_even_while_draining(daemon: Daemon) -> None:
     await daemon.submit(id="one")
     daemon.set_draining(True)
-    status, answer = await daemon.ask("POST", "/v1/tasks", json={"task": "demo", "prompt": "true", "id": "one"})
+    status, answer = await daemon.ask(
+        "POST", "/v1/tasks", json={"task": "demo", "prompt": "true", "id": "one"}
+    )
     assert (status, answer["duplicate"], answer["task_id"]) == (200, True, "one")
 
 
@@ -54,7 +62,9 @@ async def test_a_task_that_can_never_be_accepted_is_422_and_leaves_nothing(
 
 async def test_the_same_id_with_other_content_is_409(daemon: Daemon) -> None:
     await daemon.submit(id="one")
-    await daemon.fails("POST", "/v1/tasks", 409, "id_conflict", json={"task": "demo", "prompt": "false", "id": "one"})
+    await daemon.fails(
+        "POST", "/v1/tasks", 409, "id_conflict", json={"task": "demo", "prompt": "false", "id": "one"}
+    )
 
 
 async def test_draining_and_a_full_disk_refuse_for_now_and_keep_nothing(daemon: Daemon) -> None:
@@ -104,7 +114,12 @@ async def test_a_finished_task_shows_its_attempt_and_its_outbox(daemon: Daemon) 
     assert (shown["state"], shown["result"], shown["waiting_for"]) == ("finished", "success", None)
     assert (shown["attempts"][0]["exit_code"], shown["attempts"][0]["result"]) == (0, "success")
     assert [(row["sink"], row["state"]) for row in shown["outbox"]] == [("completions", "pending")]
-    assert [event["event"] for event in shown["events"]] == ["accepted", "claimed", "worker_started", "finished"]
+    assert [event["event"] for event in shown["events"]] == [
+        "accepted",
+        "claimed",
+        "worker_started",
+        "finished",
+    ]
 
 
 async def test_what_is_no_task_is_404_everywhere(daemon: Daemon) -> None:
@@ -116,10 +131,18 @@ async def test_what_is_no_task_is_404_everywhere(daemon: Daemon) -> None:
 
 @pytest.mark.parametrize(
     ("fields", "reason"),
-    [({}, "no_supervisor"), ({"not_before": "2099-01-01T00:00:00Z"}, "start_time"), ({"prompt": None, "prompt_ref": "later"}, "prompt_missing")],
+    [
+        ({}, "no_supervisor"),
+        ({"not_before": "2099-01-01T00:00:00Z"}, "start_time"),
+        ({"prompt": None, "prompt_ref": "later"}, "prompt_missing"),
+    ],
 )
-async def test_a_waiting_task_says_what_it_waits_for(daemon: Daemon, fields: dict[str, str | None], reason: str) -> None:
-    body = {name: value for name, value in {"task": "x", "prompt": "true", **fields}.items() if value is not None}
+async def test_a_waiting_task_says_what_it_waits_for(
+    daemon: Daemon, fields: dict[str, str | None], reason: str
+) -> None:
+    body = {
+        name: value for name, value in {"task": "x", "prompt": "true", **fields}.items() if value is not None
+    }
     task_id = (await daemon.post("/v1/tasks", body))["task_id"]
     waiting = (await daemon.get(f"/v1/tasks/{task_id}"))["waiting_for"]
     assert waiting["reason"] == reason
@@ -131,7 +154,11 @@ async def test_a_waiting_task_says_what_it_waits_for(daemon: Daemon, fields: dic
 
 async def test_a_waiting_task_is_cancelled_at_once_and_not_twice(daemon: Daemon) -> None:
     task_id = await daemon.submit()
-    assert await daemon.post(f"/v1/tasks/{task_id}/cancel") == {"id": task_id, "state": "finished", "result": "cancelled"}
+    assert await daemon.post(f"/v1/tasks/{task_id}/cancel") == {
+        "id": task_id,
+        "state": "finished",
+        "result": "cancelled",
+    }
     answer = await daemon.fails("POST", f"/v1/tasks/{task_id}/cancel", 409, "illegal_transition")
     assert (answer["state"], answer["result"]) == ("finished", "cancelled")
 
@@ -151,7 +178,12 @@ async def test_hold_and_release_and_retry(daemon: Daemon) -> None:
     await daemon.fails("POST", f"/v1/tasks/{task_id}/release", 409, "illegal_transition")
     await daemon.fails("POST", f"/v1/tasks/{task_id}/retry", 409, "illegal_transition")
     await daemon.post(f"/v1/tasks/{task_id}/cancel")
-    assert await daemon.post(f"/v1/tasks/{task_id}/retry") == {"id": task_id, "state": "queued", "result": None, "run": 2}
+    assert await daemon.post(f"/v1/tasks/{task_id}/retry") == {
+        "id": task_id,
+        "state": "queued",
+        "result": None,
+        "run": 2,
+    }
 
 
 async def test_an_unknown_body_field_is_never_ignored(daemon: Daemon) -> None:
@@ -219,7 +251,9 @@ async def test_list_filters_and_pages_newest_first(daemon: Daemon) -> None:
     assert found == ["slow1", *reversed(ids)]
 
 
-async def test_list_walks_windows_and_finds_the_oldest_too(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_list_walks_windows_and_finds_the_oldest_too(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tasklist, "WINDOW", 7)
     monkeypatch.setattr(tasklist, "WINDOW_WITH_LABELS", 3)
     await daemon.submit(id="first", labels=["old"])
@@ -232,7 +266,16 @@ async def test_list_walks_windows_and_finds_the_oldest_too(daemon: Daemon, monke
 
 
 async def test_list_refuses_what_it_does_not_know(daemon: Daemon) -> None:
-    for query in ("state=quued", "result=fine", "limit=0", "limit=x", "limit=99999999", "colour=red", "limit=1&limit=2", "before=-1"):
+    for query in (
+        "state=quued",
+        "result=fine",
+        "limit=0",
+        "limit=x",
+        "limit=99999999",
+        "colour=red",
+        "limit=1&limit=2",
+        "before=-1",
+    ):
         await daemon.fails("GET", f"/v1/tasks?{query}", 400, "invalid_request")
 
 

@@ -89,7 +89,14 @@ def root_file_system() -> Path:
         if not folder.exists():
             half = cache / f"{folder.name}.half"
             shutil.rmtree(half, ignore_errors=True)
-            _run("mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(half))
+            _run(
+                "mmdebstrap",
+                "--quiet",
+                "--variant=minbase",
+                f"--include={','.join(PACKAGES)}",
+                SUITE,
+                str(half),
+            )
             # Shared by all boxes: each makes its own identity, and no service starts that no test asked for.
             (half / "etc/machine-id").write_text("")
             (half / "etc/systemd/system/ssh.service").symlink_to("/dev/null")
@@ -110,7 +117,18 @@ def project_wheel(folder: Path) -> Path:
         if (PROJECT / name).exists():
             shutil.copy2(PROJECT / name, copy)
     shutil.copytree(PROJECT / "agentqd", copy / "agentqd", ignore=shutil.ignore_patterns("__pycache__"))
-    _run(sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check", "--no-deps", "-w", str(folder), str(copy))
+    _run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "-w",
+        str(folder),
+        str(copy),
+    )
     shutil.rmtree(copy)
     (wheel,) = folder.glob("agentqd-*.whl")
     return wheel
@@ -129,9 +147,20 @@ def dependency_wheels(root: Path) -> Path:
             half.mkdir()
             own = project_wheel(half)
             machine = os.uname().machine
-            platforms = [f"manylinux_2_{minor}_{machine}" for minor in range(36, 16, -1)] + [f"manylinux2014_{machine}"]
+            platforms = [f"manylinux_2_{minor}_{machine}" for minor in range(36, 16, -1)] + [
+                f"manylinux2014_{machine}"
+            ]
             _run(
-                *(sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "-d", str(half)),
+                *(
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "download",
+                    "-q",
+                    "--disable-pip-version-check",
+                    "-d",
+                    str(half),
+                ),
                 *("--only-binary=:all:", "--implementation", "cp", "--python-version", version),
                 *[word for platform in platforms for word in ("--platform", platform)],
                 str(own),
@@ -143,9 +172,13 @@ def dependency_wheels(root: Path) -> Path:
 
 
 def _run(*command: str) -> None:
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
     if done.returncode:
-        raise AssertionError(f"{command[0]} failed ({done.returncode}):\n{done.stdout.decode(errors='replace')[-3000:]}")
+        raise AssertionError(
+            f"{command[0]} failed ({done.returncode}):\n{done.stdout.decode(errors='replace')[-3000:]}"
+        )
 
 
 # --- A booted box ----------------------------------------------------------------------------------------
@@ -157,7 +190,11 @@ class Box:
     def __init__(self, name: str, wheel: Path) -> None:
         self.name = name
         self.root = root_file_system()
-        self._wheels = {"/srv/agentqd": PROJECT, "/srv/wheel": wheel.parent, "/srv/wheels": dependency_wheels(self.root)}
+        self._wheels = {
+            "/srv/agentqd": PROJECT,
+            "/srv/wheel": wheel.parent,
+            "/srv/wheels": dependency_wheels(self.root),
+        }
         self._nspawn: subprocess.Popen[bytes] | None = None
         self._leader = 0
         self._cgroups: list[Path] = []
@@ -197,7 +234,9 @@ class Box:
         assert self._nspawn is not None
         if self._nspawn.poll() is not None:
             assert self._nspawn.stderr is not None
-            raise AssertionError(f"systemd-nspawn ended: {self._nspawn.stderr.read().decode(errors='replace')}")
+            raise AssertionError(
+                f"systemd-nspawn ended: {self._nspawn.stderr.read().decode(errors='replace')}"
+            )
         pid = self._nspawn.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         for child in map(int, children):
@@ -220,7 +259,9 @@ class Box:
             nspawn.wait(15)
         for cgroup in self._cgroups:
             with contextlib.suppress(FileNotFoundError):
-                (cgroup / "cgroup.kill").write_text("1")  # not there on v1, where the same processes are meant
+                (cgroup / "cgroup.kill").write_text(
+                    "1"
+                )  # not there on v1, where the same processes are meant
         nspawn.kill()
         nspawn.wait()
         if nspawn.stderr is not None:
@@ -236,10 +277,14 @@ class Box:
         words += ["env", "-i", f"PATH={PATH}", "LANG=C.UTF-8", "HOME=/root"]
         if user is not None:
             words += ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]
-        done = subprocess.run([*words, *command], input=stdin.encode(), capture_output=True, timeout=110, check=False)
+        done = subprocess.run(
+            [*words, *command], input=stdin.encode(), capture_output=True, timeout=110, check=False
+        )
         out = done.stdout.decode(errors="replace")
         if check and done.returncode:
-            raise AssertionError(f"{' '.join(command)}: exit {done.returncode}\n{out}{done.stderr.decode(errors='replace')}")
+            raise AssertionError(
+                f"{' '.join(command)}: exit {done.returncode}\n{out}{done.stderr.decode(errors='replace')}"
+            )
         return out
 
     def sh(self, script: str, *, check: bool = True, user: str | None = None) -> str:
@@ -247,7 +292,9 @@ class Box:
 
     def show(self, unit: str, *properties: str) -> dict[str, str]:
         """systemctl show: property → value."""
-        lines = self.run("systemctl", "show", unit, *[f"--property={name}" for name in properties]).splitlines()
+        lines = self.run(
+            "systemctl", "show", unit, *[f"--property={name}" for name in properties]
+        ).splitlines()
         return dict(line.split("=", 1) for line in lines)
 
     def main_pid(self, unit: str) -> int:
@@ -255,7 +302,9 @@ class Box:
 
     def journal(self, unit: str) -> list[dict[str, Any]]:
         """What journald has from this unit, as journalctl -o json prints it."""
-        return [json.loads(line) for line in self.run("journalctl", "-q", "-u", unit, "-o", "json").splitlines()]
+        return [
+            json.loads(line) for line in self.run("journalctl", "-q", "-u", unit, "-o", "json").splitlines()
+        ]
 
     def append(self, task: dict[str, Any]) -> None:
         """A bare `>>`, as the daemon's own user, from nothing but a shell."""
@@ -268,12 +317,16 @@ class Box:
 
     def result(self, name: str, wait_s: float = 30.0) -> dict[str, Any]:
         def look() -> dict[str, Any] | None:
-            return next((line for line in self.completions() if line.get("name") == name and "status" in line), None)
+            return next(
+                (line for line in self.completions() if line.get("name") == name and "status" in line), None
+            )
 
         try:
             return wait_for(f"the result of {name}", look, wait_s)
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.run('journalctl', '-q', '-n', '60', '-o', 'cat')}") from None
+            raise AssertionError(
+                f"{error}\n{self.run('journalctl', '-q', '-n', '60', '-o', 'cat')}"
+            ) from None
 
     def task(self, name: str) -> dict[str, Any]:
         """`agentqctl show --json` of the newest task with this name."""
@@ -291,7 +344,10 @@ class Box:
         return wait_for(f"the worker of {name}", look)
 
     def alive(self, pid: int) -> bool:
-        return self.sh(f"grep -q '^State:[[:space:]]*[^ZX]' /proc/{pid}/status 2>/dev/null && echo yes || true") != ""
+        return (
+            self.sh(f"grep -q '^State:[[:space:]]*[^ZX]' /proc/{pid}/status 2>/dev/null && echo yes || true")
+            != ""
+        )
 
 
 def _own_hierarchies() -> list[Path]:
