@@ -117,8 +117,9 @@ async def _look(room: Room, task_id: str, attempt: int | None, stream: str) -> W
         row = store.attempt_of(connection, task.seq, number)
         ended = row.ended_at is not None or number != task.attempt or task.state not in ACTIVE_STATES
         evidence = msgspec.json.decode(row.evidence) if row.evidence else None
-        known = evidence is not None and row.result != "lost"  # of a lost one nobody has said it
-        truncated = bool(evidence.get(f"{stream}_truncated")) if known else None
+        truncated = None
+        if evidence is not None and row.result != "lost":  # of a lost one nobody has said it
+            truncated = bool(evidence.get(f"{stream}_truncated"))
         return Where(number, ended, truncated)
 
     return await room.box.journal.read(query)

@@ -12,10 +12,10 @@ from aiohttp import web
 
 from agentqd.control.room import Room
 from agentqd.control.route import Call, Route, answer
-from agentqd.core.errors import InvalidTask, RefusedForNow
+from agentqd.core.errors import AgentqError, InvalidTask, RefusedForNow
 from agentqd.core.lifecycle import WAITING_STATES
 from agentqd.core.limits import KIB
-from agentqd.loops.admission import Accepted, Candidate, Duplicate, admit, prepare
+from agentqd.loops.admission import Accepted, Candidate, Duplicate, Outcome, admit, prepare
 from agentqd.storage.transaction import Transaction
 
 _SMALL_BYTES: Final = 64 * KIB
@@ -33,6 +33,8 @@ async def submit(call: Call) -> web.StreamResponse:
     candidate = await _prepare(room, raw)
     async with _turn(room, candidate.new.queue):
         outcome = await room.box.journal.commit(lambda tx: _decide(tx, room, candidate))
+    if isinstance(outcome, AgentqError):  # invalid, id_conflict, write_conflict
+        raise outcome
     fresh = isinstance(outcome, Accepted)
     if fresh:
         room.box.log.info("task_accepted", task=outcome.task_id, state=outcome.state.value, door="socket")
@@ -79,11 +81,12 @@ def _waiting_max(room: Room, queue: str) -> int | None:
     return None if options is None else options.waiting_max
 
 
-def _decide(tx: Transaction, room: Room, candidate: Candidate) -> Accepted | Duplicate:
-    """A unit. A replay is told of its first even while nothing new is taken. Raises InvalidTask, RefusedForNow."""
+def _decide(tx: Transaction, room: Room, candidate: Candidate) -> Outcome:
+    """A unit. A replay is told of its first even while nothing new is taken. Raises RefusedForNow.
+
+    Admission's own refusals are values here: what it has recorded of them (a write conflict seen) is kept.
+    """
     outcome = admit(tx, room.box, [candidate])[0]
-    if isinstance(outcome, InvalidTask):
-        raise outcome
     if isinstance(outcome, Accepted):
         refusal = _refusal(tx, room, candidate.new.queue)
         if refusal is not None:

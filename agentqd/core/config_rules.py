@@ -79,7 +79,9 @@ def _check_all(settings: Settings) -> Iterator[Problem]:
     if settings.canary.queue not in {"default", *settings.queues}:
         yield Problem(("canary", "queue"), f"there is no queue {settings.canary.queue!r}")
     if settings.alerts.stalled_loop < 60:
-        yield Problem(("alerts", "stalled_loop"), "must be at least 60s: a loop with nothing to do turns every 30s")
+        yield Problem(
+            ("alerts", "stalled_loop"), "must be at least 60s: a loop with nothing to do turns every 30s"
+        )
     if settings.canary.every is not None:
         yield Problem(("canary", "every"), "the canary comes with a later version; leave it out")
     for n, root in enumerate(settings.limits.prompt_roots):

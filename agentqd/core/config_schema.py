@@ -12,11 +12,17 @@ from agentqd.core.units import Backoff, Duration, Size, encode_unit
 
 HIDDEN: Final = "***"
 _DURATION: Final = {
-    "oneOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": r"^(\d+(\.\d+)?(ms|s|m|h|d|w)?)+$"}],
+    "oneOf": [
+        {"type": "number", "minimum": 0},
+        {"type": "string", "pattern": r"^(\d+(\.\d+)?(ms|s|m|h|d|w)?)+$"},
+    ],
     "description": "45m, 10s, 500ms, 1h30m, or seconds",
 }
 _SIZE: Final = {
-    "oneOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?\s*([kKMGT]i?B?|B)?$"}],
+    "oneOf": [
+        {"type": "integer", "minimum": 0},
+        {"type": "string", "pattern": r"^\d+(\.\d+)?\s*([kKMGT]i?B?|B)?$"},
+    ],
     "description": "64KiB, 10MB, or bytes",
 }
 
@@ -60,7 +66,11 @@ def _of(kind: inspect.Type) -> dict[str, Any]:
 
 def _field(field: inspect.Field) -> dict[str, Any]:
     schema = _of(field.type)
-    if field.default is msgspec.NODEFAULT or field.default is None or isinstance(field.default, msgspec.Struct):
+    if (
+        field.default is msgspec.NODEFAULT
+        or field.default is None
+        or isinstance(field.default, msgspec.Struct)
+    ):
         return schema
     return {**schema, "default": msgspec.to_builtins(field.default, enc_hook=encode_unit)}
 

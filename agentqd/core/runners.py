@@ -200,8 +200,13 @@ def worker_env(
     spec: RunnerSpec, parent: Mapping[str, str], task_env: Mapping[str, str], own: Mapping[str, str]
 ) -> dict[str, str]:
     """Allow-listed variables of the daemon, then the runner's, then the task's, then AGENTQ_*; the later one wins."""
-    names = {name for name in (*BASE_ENV, *spec.inherit_env) if not name.endswith("*")}
-    prefixes = tuple(name[:-1] for name in (*BASE_ENV, *spec.inherit_env) if name.endswith("*"))
+    return {**inherited_env(spec.inherit_env, parent), **spec.env, **task_env, **own}
+
+
+def inherited_env(inherit: Sequence[str], parent: Mapping[str, str]) -> dict[str, str]:
+    """What of the daemon's own environment a worker sees: BASE_ENV and what its runner inherits besides."""
+    names = {name for name in (*BASE_ENV, *inherit) if not name.endswith("*")}
+    prefixes = tuple(name[:-1] for name in (*BASE_ENV, *inherit) if name.endswith("*"))
     env = {name: value for name, value in parent.items() if name in names or name.startswith(prefixes)}
     env.setdefault("PATH", PATH_DEFAULT)
-    return {**env, **spec.env, **task_env, **own}
+    return env

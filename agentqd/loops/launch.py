@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 
 from agentqd.core.config_rules import effective_runner
 from agentqd.core.errors import ConfigError, InvalidTask
 from agentqd.core.resolve import Resolved, resolve
-from agentqd.core.runners import worker_argv, worker_env
+from agentqd.core.runners import inherited_env, worker_argv
 from agentqd.core.task import TaskRequest
 from agentqd.core.units import format_time
 from agentqd.core.waking import total_deadline_us
@@ -36,6 +37,12 @@ def clocks(resolved: Resolved, task: TaskRow, now_us: int) -> wire.Clocks:
     )
 
 
+@lru_cache(maxsize=64)
+def _inherited(names: tuple[str, ...]) -> dict[str, str]:
+    """What workers see of this process's environment, which does not change while it runs."""
+    return inherited_env(names, os.environ)
+
+
 def build_run(box: Box, task: TaskRow, request: TaskRequest, prompt_file_content: bytes | None) -> wire.Run:
     """Raises LaunchError."""
     runner = effective_runner(box.settings, task.runner)
@@ -56,21 +63,20 @@ def build_run(box: Box, task: TaskRow, request: TaskRequest, prompt_file_content
         argv = worker_argv(
             runner, request.command, prompt, f"{folder}/prompt", workdir or f"{folder}/work", task.id
         )
-        env = worker_env(
-            runner,
-            os.environ,
-            {**read_env_files(runner.env_files), **(request.env or {})},
-            {
-                "AGENTQ_TASK_ID": task.id,
-                "AGENTQ_TASK": task.name,
-                "AGENTQ_ATTEMPT": str(task.attempt),
-                "AGENTQ_TASK_DIR": folder,
-                "AGENTQ_PROMPT_FILE": f"{folder}/prompt",
-                "AGENTQ_OUTBOX": f"{folder}/outbox",
-                "AGENTQ_HEARTBEAT": f"{folder}/heartbeat",
-                "AGENTQ_DEADLINE": format_time(limit_us if total is None else min(limit_us, total)) or "",
-            },
-        )
+        env = {
+            **_inherited(runner.inherit_env),
+            **runner.env,
+            **(read_env_files(runner.env_files) if runner.env_files else {}),
+            **(request.env or {}),
+            "AGENTQ_TASK_ID": task.id,
+            "AGENTQ_TASK": task.name,
+            "AGENTQ_ATTEMPT": str(task.attempt),
+            "AGENTQ_TASK_DIR": folder,
+            "AGENTQ_PROMPT_FILE": f"{folder}/prompt",
+            "AGENTQ_OUTBOX": f"{folder}/outbox",
+            "AGENTQ_HEARTBEAT": f"{folder}/heartbeat",
+            "AGENTQ_DEADLINE": format_time(limit_us if total is None else min(limit_us, total)) or "",
+        }
     except (InvalidTask, ConfigError) as error:
         raise LaunchError(error.message) from error
     return wire.Run(

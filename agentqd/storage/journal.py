@@ -18,6 +18,7 @@ import importlib.resources
 import os
 import queue
 import sqlite3
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ Unit = Callable[[Transaction], Any]
 
 _CHECKPOINT_IDLE_S: Final = 0.25
 _CHECKPOINT_IDLE_CHANGES: Final = 500
-_CHECKPOINT_FORCED_CHANGES: Final = 50_000
+_CHECKPOINT_FRAMES: Final = 1800  # the log then starts over within what warm_log has made it grow to
 _WAL_TRUNCATE_BYTES: Final = 64 * limits.MIB
 _LAZY_S: Final = 0.02
 _WAL_WARM_BYTES: Final = 8 * limits.MIB
@@ -135,6 +136,7 @@ class Journal:
         self._error: JournalError | None = None
         self._threads: list[threading.Thread] = []
         self._changes_at_checkpoint = 0
+        self._index = -1
 
     async def open(self) -> None:
         """Open, migrate, take the next epoch. Raises StateFolderError, SchemaTooNew or JournalError."""
@@ -149,6 +151,7 @@ class Journal:
 
     def _open(self) -> None:
         try:
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # -wal and -shm take its mode
             self._connection = connect(self.path)
             migrate(self._connection, self.path)
             self._connection.execute("BEGIN IMMEDIATE")
@@ -159,8 +162,7 @@ class Journal:
             warm_log(self._connection)
             self._numbers = Numbers.load(self._connection)
             self._reader = connect_reader(self.path)
-            os.chmod(self.path, 0o600)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise JournalError(f"{self.path}: cannot be opened: {error}", path=self.path) from error
 
     async def close(self) -> None:
@@ -170,6 +172,9 @@ class Journal:
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
         self._threads.clear()
+        if self._index >= 0:
+            os.close(self._index)
+            self._index = -1
         for connection in (getattr(self, "_reader", None), getattr(self, "_connection", None)):
             if connection is not None:
                 with contextlib.suppress(sqlite3.Error):
@@ -282,7 +287,7 @@ class Journal:
         self.commits += 1
         self.units += len(batch)
         self._post(outcomes, after, later)
-        if self._connection.total_changes - self._changes_at_checkpoint > _CHECKPOINT_FORCED_CHANGES:
+        if self._log_frames() > _CHECKPOINT_FRAMES:
             self._checkpoint()
 
     def _begin(self) -> Transaction:
@@ -355,6 +360,12 @@ class Journal:
             self._connection.rollback()
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(_fail_future, self.failed, self._error)
+
+    def _log_frames(self) -> int:
+        """Frames now in the log: mxFrame, at byte 16 of the wal-index (sqlite.org/walformat.html)."""
+        if self._index < 0:
+            self._index = os.open(self.path + "-shm", os.O_RDONLY | os.O_CLOEXEC)
+        return int.from_bytes(os.pread(self._index, 4, 16), sys.byteorder)
 
     def _checkpoint_when_idle(self) -> None:
         if self._error is None:

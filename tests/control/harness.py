@@ -14,7 +14,9 @@ import msgspec
 from agentqd.control.server import ControlServer, Parts
 from agentqd.core.errors import ConfigError
 from agentqd.core.folders import Folders
+from agentqd.core.outbox import RowEvent, RowState
 from agentqd.core.settings import Settings
+from agentqd.core.task import read_task
 from agentqd.loops.admission import admit, prepare
 from agentqd.loops.box import Box
 from agentqd.loops.delivery import DeliveryLoop
@@ -25,8 +27,6 @@ from agentqd.loops.supervision import Supervision
 from agentqd.storage import tasks as store
 from agentqd.storage.journal import Journal
 from agentqd.storage.outbox import Mark, mark
-from agentqd.core.outbox import RowEvent, RowState
-from agentqd.core.task import read_task
 from agentqd.supervisor import wire
 from agentqd.system.clock import SystemClock
 from agentqd.system.inotify import NoInotify

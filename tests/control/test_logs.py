@@ -101,7 +101,7 @@ async def test_holes_that_the_worker_itself_made_are_its_zeros(daemon: Daemon) -
 async def test_a_hole_that_appears_while_reading_makes_the_piece_be_read_again(
     daemon: Daemon, monkeypatch: Any
 ) -> None:
-    task_id, path = await running(daemon)
+    _, path = await running(daemon)
     write(path, b"h" * BLOCK + b"m" * 2 * BLOCK + b"t" * 100)
     real, calls = os.pread, []
 

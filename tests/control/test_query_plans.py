@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -96,7 +96,7 @@ class Steps:
         self.count = 0
         self.connection = connection
 
-    def __enter__(self) -> Steps:
+    def __enter__(self) -> Self:
         self.connection.set_progress_handler(self._step, 100)
         return self
 

@@ -67,6 +67,18 @@ async def test_the_same_id_with_other_content_is_409(daemon: Daemon) -> None:
     )
 
 
+async def test_a_write_conflict_is_409_names_the_other_task_and_is_remembered(daemon: Daemon) -> None:
+    await daemon.submit(id="one", writes_to=["/srv/repo"])
+    body = {"task": "demo", "prompt": "true", "id": "two", "writes_to": ["/srv/repo/src"]}
+    answer = await daemon.fails("POST", "/v1/tasks", 409, "write_conflict", json=body)
+    assert [(each["task_id"], each["path"]) for each in answer["conflicts"]] == [("one", "/srv/repo")]
+    await daemon.fails("GET", "/v1/tasks/two", 404, "no_such_task")
+    (claim,) = (await daemon.get("/v1/writes"))["claims"]
+    assert (claim["path"], claim["task_id"]) == ("/srv/repo", "one")
+    (pair,) = (await daemon.get("/v1/writes/conflicts"))["conflicts"]
+    assert (pair["other_id"], pair["count"]) == ("one", 1)
+
+
 async def test_draining_and_a_full_disk_refuse_for_now_and_keep_nothing(daemon: Daemon) -> None:
     for name, reason in (("draining", "draining"), ("disk_low", "disk_low")):
         setattr(daemon.box, name, True)

@@ -3,7 +3,7 @@
 Invariants:
 1. The root file system is made once per package list and is never written to: what a test does lies in an overlay in memory.
 2. Every process of the box is in one cgroup of ours; `stop` ends all of it and removes the cgroup.
-3. Nothing is written into the source tree: the wheel is built from a copy.
+3. Nothing is written into the source tree: the box sees it read-only, and installs from a copy of its own.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 T = TypeVar("T")
 
@@ -109,43 +110,21 @@ def python_version(root: Path) -> str:
     return os.readlink(root / "usr/bin/python3").removeprefix("python")
 
 
-def project_wheel(folder: Path) -> Path:
-    """The tree, built into a wheel in `folder`."""
-    copy = folder / "source"
-    copy.mkdir(parents=True)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        if (PROJECT / name).exists():
-            shutil.copy2(PROJECT / name, copy)
-    shutil.copytree(PROJECT / "agentqd", copy / "agentqd", ignore=shutil.ignore_patterns("__pycache__"))
-    _run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "-w",
-        str(folder),
-        str(copy),
-    )
-    shutil.rmtree(copy)
-    (wheel,) = folder.glob("agentqd-*.whl")
-    return wheel
+def wheels(root: Path) -> Path:
+    """A folder with the wheels of all that agentqd needs, to run and to be built, for the root file system's Python.
 
-
-def dependency_wheels(root: Path) -> Path:
-    """A folder with the wheels of all dependencies for the root file system's Python; downloaded once per pyproject.toml."""
+    Downloaded once per list of requirements.
+    """
     cache = cache_folder()
     version = python_version(root)
-    key = hashlib.sha256(version.encode() + (PROJECT / "pyproject.toml").read_bytes()).hexdigest()[:12]
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+    needed = sorted({*project["project"]["dependencies"], *project["build-system"]["requires"]})
+    key = hashlib.sha256("\n".join([version, *needed]).encode()).hexdigest()[:12]
     folder = cache / f"wheels-{key}"
     with _only_one_makes(cache):
         if not folder.exists():
             half = cache / f"{folder.name}.half"
             shutil.rmtree(half, ignore_errors=True)
-            half.mkdir()
-            own = project_wheel(half)
             machine = os.uname().machine
             platforms = [f"manylinux_2_{minor}_{machine}" for minor in range(36, 16, -1)] + [
                 f"manylinux2014_{machine}"
@@ -163,10 +142,8 @@ def dependency_wheels(root: Path) -> Path:
                 ),
                 *("--only-binary=:all:", "--implementation", "cp", "--python-version", version),
                 *[word for platform in platforms for word in ("--platform", platform)],
-                str(own),
+                *needed,
             )
-            for wheel in half.glob("agentqd-*.whl"):
-                wheel.unlink()
             half.rename(folder)
     return folder
 
@@ -181,25 +158,28 @@ def _run(*command: str) -> None:
         )
 
 
+def install_commands(heading: str) -> str:
+    """The first shell block under a heading of docs/install.md."""
+    text = (PROJECT / "docs" / "install.md").read_text()
+    section = text.partition(f"# {heading}\n")[2]
+    return section.partition("```sh\n")[2].partition("```")[0]
+
+
 # --- A booted box ----------------------------------------------------------------------------------------
 
 
 class Box:
     """One booted machine. Use as a context manager."""
 
-    def __init__(self, name: str, wheel: Path) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
         self.root = root_file_system()
-        self._wheels = {
-            "/srv/agentqd": PROJECT,
-            "/srv/wheel": wheel.parent,
-            "/srv/wheels": dependency_wheels(self.root),
-        }
+        self._shown = {"/srv/agentqd": PROJECT, "/srv/wheels": wheels(self.root)}  # read-only
         self._nspawn: subprocess.Popen[bytes] | None = None
         self._leader = 0
         self._cgroups: list[Path] = []
 
-    def __enter__(self) -> Box:
+    def __enter__(self) -> Self:
         try:
             self._boot()
         except BaseException:
@@ -215,7 +195,7 @@ class Box:
         for cgroup in self._cgroups:
             cgroup.mkdir()
         enter = "".join(f"echo $$ >'{cgroup}/cgroup.procs'; " for cgroup in self._cgroups)
-        binds = " ".join(f"'--bind-ro={outside}:{inside}'" for inside, outside in self._wheels.items())
+        binds = " ".join(f"'--bind-ro={outside}:{inside}'" for inside, outside in self._shown.items())
         command = (
             f"{enter}exec systemd-nspawn -q -D '{self.root}' -b -M {self.name} --register=no --keep-unit"
             f" --private-network --link-journal=no --volatile=overlay {binds}"
@@ -258,10 +238,8 @@ class Box:
         with contextlib.suppress(subprocess.TimeoutExpired):
             nspawn.wait(15)
         for cgroup in self._cgroups:
-            with contextlib.suppress(FileNotFoundError):
-                (cgroup / "cgroup.kill").write_text(
-                    "1"
-                )  # not there on v1, where the same processes are meant
+            with contextlib.suppress(OSError):  # a v1 folder has no cgroup.kill; the v2 one has the same processes
+                (cgroup / "cgroup.kill").write_text("1")
         nspawn.kill()
         nspawn.wait()
         if nspawn.stderr is not None:
@@ -270,6 +248,17 @@ class Box:
             wait_for(f"the removal of {cgroup}", lambda cgroup=cgroup: _removed(cgroup))
 
     # What a test does in it.
+
+    def install(self, heading: str, *, user: str | None = None) -> None:
+        """Run the commands that docs/install.md has under this heading, in a copy of the tree, without a network."""
+        home = self.sh(f"getent passwd {user or 'root'} | cut -d: -f6").strip()
+        names = "pyproject.toml README.md LICENSE agentqd systemd"
+        self.sh(
+            f"cd /srv/agentqd; mkdir {home}/checkout; cp -r {names} {home}/checkout; chown -R {user or 'root'} {home}/checkout"
+        )
+        offline = "export PIP_NO_INDEX=1 PIP_FIND_LINKS=/srv/wheels PIP_DISABLE_PIP_VERSION_CHECK=1"
+        session = f"export HOME={home} XDG_RUNTIME_DIR=/run/user/$(id -u)" if user else ":"
+        self.sh(f"{offline}; {session}; cd {home}/checkout; {install_commands(heading)}", user=user)
 
     def run(self, *command: str, check: bool = True, user: str | None = None, stdin: str = "") -> str:
         """Run a program inside; returns stdout. As root, or as `user`."""
