@@ -9,14 +9,16 @@ from typing import Final
 
 import msgspec
 
+from agentqd.core.lifecycle import Result
 from agentqd.core.resolve import ALWAYS_RUNNERS
 from agentqd.core.routing import COMPLETIONS, REJECTED
 from agentqd.core.runners import PLACEHOLDERS, PRESETS, RunnerSpec, runner_spec
-from agentqd.core.settings import SINK_TYPES, Defaults, Queue, Runner, Settings, Sink
+from agentqd.core.settings import SINK_TYPES, Defaults, Match, Queue, Runner, Settings, Sink
 from agentqd.core.task import ENV_NAME, SIGNALS
 
 NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 READY_SINK_TYPES: Final = ("file", "command")  # the other plugs come with the delivery issue
+RESULT_FORMATS: Final = tuple(sorted({preset.result for preset in PRESETS.values()} | {"claude-json"}))
 _COMMON: Final = frozenset(
     {"type", "timeout", "backoff", "backoff_max", "lifetime", "concurrency", "ordered"}
 )
@@ -87,8 +89,47 @@ def _check_all(settings: Settings) -> Iterator[Problem]:
     for n, root in enumerate(settings.limits.prompt_roots):
         if not root.startswith("/"):
             yield Problem(("limits", "prompt_roots", n), f"{root!r} is not an absolute path")
-    if settings.control.mode is not None and not re.fullmatch(r"0?[0-7]{3}", settings.control.mode):
-        yield Problem(("control", "mode"), f"{settings.control.mode!r} is not an octal mode like 0660")
+    yield from _check_numbers(settings)
+    for n, route in enumerate(settings.routes):
+        yield from _check_match(settings, n, route.match)
+    if settings.control.mode is not None and settings.control.mode not in {"0600", "600", "0660", "660"}:
+        yield Problem(
+            ("control", "mode"), f"{settings.control.mode!r} is neither 0600 nor 0660 (with control.group)"
+        )
+
+
+def _check_numbers(settings: Settings) -> Iterator[Problem]:
+    """Zero would mean a loop without a pause, or everything gone or refused at once."""
+    durations = {
+        "alerts": ("oldest_queued", "repeat_every"),
+        "canary": ("within",),
+        "retention": ("tasks", "events", "unpulled"),
+        "limits": ("rescan_every",),
+    }
+    for part, names in durations.items():
+        for name in names:
+            if getattr(getattr(settings, part), name) <= 0:
+                yield Problem((part, name), "must be more than zero")
+    for name in ("line_bytes_max", "prompt_bytes_max", "stdout_bytes_max", "entry_bytes_max",
+                 "queue_file_bytes_max", "completions_bytes_max"):  # fmt: skip
+        if getattr(settings.limits, name) < 1024:
+            yield Problem(("limits", name), "must be at least 1KiB")
+
+
+def _check_match(settings: Settings, n: int, match: Match) -> Iterator[Problem]:
+    """A plain name that nothing has would never match: a typo. Patterns are not looked at."""
+    known = {
+        "queue": {"default", *settings.queues},
+        "runner": {*ALWAYS_RUNNERS, *settings.runners},
+        "result": {each.value for each in Result},
+    }
+    for field, names in known.items():
+        given = getattr(match, field)
+        for name in [given] if isinstance(given, str) else given or ():
+            if name not in names and not set(name) & set("*?["):
+                yield Problem(
+                    ("routes", n, "match", field), f"there is no {field} {name!r}{_nearest(name, names)}"
+                )
 
 
 def _check_name(key: tuple[str | int, ...], name: str) -> Iterator[Problem]:
@@ -144,6 +185,15 @@ def _check_runner(settings: Settings, name: str, runner: Runner) -> Iterator[Pro
         yield Problem(key, f"needs a preset ({', '.join(PRESETS)}) or a command")
     if runner.command is not None and (not runner.command or not runner.command[0]):
         yield Problem((*key, "command"), "is an argv list; its first item is the program")
+    if runner.result is not None and runner.result not in RESULT_FORMATS:
+        near = _nearest(runner.result, RESULT_FORMATS)
+        yield Problem((*key, "result"), f"there is no result format {runner.result!r}{near}")
+    for n, pattern in enumerate(runner.inherit_env or ()):
+        if not ENV_NAME.fullmatch(pattern.removesuffix("*")):
+            yield Problem((*key, "inherit_env", n), f"{pattern!r} is neither a name nor PREFIX_*")
+    for n, item in enumerate(runner.command or ()):
+        if "\x00" in item:
+            yield Problem((*key, "command", n), "has a NUL character, which no argument can carry")
     for item in runner.command or ():
         for found in re.findall(r"\{[a-z_]+\}", item):
             if found not in PLACEHOLDERS:

@@ -71,19 +71,20 @@ PRESETS: Final[dict[str, RunnerSpec]] = {
         limit_signs=("usage limit", "rate limit"),
         no_work_signs=("zero_items",),
     ),
-    # -p takes the prompt; exit 42 is bad input, 53 the turn limit.
+    # exit 42 is bad input, 53 the turn limit. One word with its `=`: after a bare -p, a prompt that begins with `--` is taken for
+    # an option (seen with 0.61: the prompt `--version` prints the version and exits 0).
     "gemini": RunnerSpec(
         name="gemini",
-        argv=("gemini", "--output-format", "json", "-p", "{prompt}"),
+        argv=("gemini", "--output-format", "json", "--prompt={prompt}"),
         prompt="argument",
         inherit_env=("GEMINI_*", "GOOGLE_*"),
         result="gemini-json",
         limit_signs=("RESOURCE_EXHAUSTED", "quota"),
     ),
-    # Reads stdin to its end: it must be /dev/null.
+    # Reads stdin to its end: it must be /dev/null. `--`: the prompt `--help` is a prompt (seen with 1.18: it printed the help).
     "opencode": RunnerSpec(
         name="opencode",
-        argv=("opencode", "run", "--format", "json", "{prompt}"),
+        argv=("opencode", "run", "--format", "json", "--", "{prompt}"),
         prompt="argument",
         inherit_env=("OPENCODE_*", "ANTHROPIC_*", "OPENAI_*", "GEMINI_*", "OPENROUTER_*"),
         result="opencode-jsonl",
@@ -121,6 +122,16 @@ def runner_spec(name: str, options: Runner) -> RunnerSpec:
         value = getattr(options, field)
         if value is not None:
             changes[field] = value
+    if changes.get("prompt") == "argument" and base.argv[-1:] == ("-",) and options.command is None:
+        # codex: `-` means stdin; beside an argument it would be a second prompt. `--`: the prompt is never an option.
+        changes["argv"] = (*base.argv[:-1], "--", "{prompt}")
+    elif (
+        changes.get("prompt") == "argument"
+        and base.prompt == "stdin"
+        and base.argv
+        and options.command is None
+    ):
+        changes["argv"] = (*base.argv, "--", "{prompt}")
     if options.inherit_env is not None:
         changes["inherit_env"] = tuple(options.inherit_env)
     return msgspec.structs.replace(base, **changes)
@@ -155,7 +166,9 @@ def worker_argv(
         raise InvalidTask(f"prompt: the runner {spec.name} needs one", code="prompt_needed", field="prompt")
     if task_command is not None:
         return list(task_command)
-    if spec.prompt == "argument" and prompt is not None:
+    if prompt is not None and any("{prompt}" in item for item in template):
+        _check_argument(spec, prompt)
+    elif spec.prompt == "argument" and prompt is not None:
         _check_argument(spec, prompt)
         if not any("{prompt}" in item for item in template):
             template = (*template, "{prompt}")
@@ -200,7 +213,8 @@ def worker_env(
     spec: RunnerSpec, parent: Mapping[str, str], task_env: Mapping[str, str], own: Mapping[str, str]
 ) -> dict[str, str]:
     """Allow-listed variables of the daemon, then the runner's, then the task's, then AGENTQ_*; the later one wins."""
-    return {**inherited_env(spec.inherit_env, parent), **spec.env, **task_env, **own}
+    env = {**inherited_env(spec.inherit_env, parent), **spec.env, **task_env}
+    return {**{name: value for name, value in env.items() if not name.startswith("AGENTQ_")}, **own}
 
 
 def inherited_env(inherit: Sequence[str], parent: Mapping[str, str]) -> dict[str, str]:
@@ -208,5 +222,6 @@ def inherited_env(inherit: Sequence[str], parent: Mapping[str, str]) -> dict[str
     names = {name for name in (*BASE_ENV, *inherit) if not name.endswith("*")}
     prefixes = tuple(name[:-1] for name in (*BASE_ENV, *inherit) if name.endswith("*"))
     env = {name: value for name, value in parent.items() if name in names or name.startswith(prefixes)}
-    env.setdefault("PATH", PATH_DEFAULT)
+    if not env.get("PATH"):
+        env["PATH"] = PATH_DEFAULT  # an empty one, too, would find no program
     return env

@@ -19,6 +19,7 @@ from agentqd.core.units import decode_unit
 BYTES_MAX: Final = 1024 * 1024
 NODES_MAX: Final = 100_000
 DEPTH_MAX: Final = 50
+PROBLEMS_MAX: Final = 100
 Key = tuple[str | int, ...]
 
 
@@ -42,7 +43,7 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]{0,400})$"), list("-+0123456789")
 )
 
 
@@ -60,8 +61,9 @@ def _read(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             raw = file.read(BYTES_MAX + 1)
-    except OSError as error:
-        raise _error(path, [(None, "", f"cannot be read: {error.strerror}")]) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        what = error.strerror if isinstance(error, OSError) else str(error)
+        raise _error(path, [(None, "", f"cannot be read: {what}")]) from error
     if len(raw) > BYTES_MAX:
         raise _error(path, [(None, "", f"is larger than {BYTES_MAX} bytes")])
     return raw
@@ -96,15 +98,17 @@ class _Document:
     def settings(self) -> Settings:
         value = self._value()
         if not self.problems:
-            for key, message in _unknown_keys(value, Settings, ()):
+            for key, message in list(_unknown_keys(value, Settings, ())):
                 self._add(key, message)
-        settings = Settings() if self.problems else self._convert(value)
+                _prune(value, key)
+        settings = self._convert(value)
         if self.problems:
             self.problems.sort(key=lambda item: item[0] or 0)
             raise _error(self.path, self.problems)
         return settings
 
     def _value(self) -> Any:
+        loader = None
         try:
             loader = _Loader(self._text)
             try:
@@ -119,8 +123,18 @@ class _Document:
             raise _error(
                 self.path, [(line, "", f"not YAML: {error.problem or error.context}{column}")]
             ) from error
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise _error(self.path, [(None, "", f"not YAML: {error}"[:300])]) from error
+        except (
+            yaml.YAMLError,
+            RecursionError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+            AttributeError,
+        ) as error:
+            # pyyaml lets its own errors out: OverflowError (an escape beyond Unicode), IndexError (`!!int` with nothing).
+            # Where its reader stood is the nearest line.
+            raise _error(self.path, [(loader_line(loader), "", f"not YAML: {error}"[:300])]) from error
         if value is None:
             return {}
         if not isinstance(value, dict):
@@ -158,14 +172,21 @@ class _Document:
 
     def _convert(self, value: Any) -> Settings:
         value = _mended(value)
-        try:
-            settings = msgspec.convert(value, Settings, dec_hook=decode_unit, str_keys=True)
-        except (msgspec.ValidationError, ValueError) as error:
-            self._add(*_msgspec_problem(str(error), value))
-            return Settings()
-        for problem in check_settings(settings):
-            self._add(problem.key, problem.message)
-        return settings
+        while len(self.problems) < PROBLEMS_MAX:
+            try:
+                settings = msgspec.convert(value, Settings, dec_hook=_decode_unit, str_keys=True)
+            except (msgspec.ValidationError, ValueError) as error:
+                # msgspec tells the first only: tell it, take the value out, look again.
+                key, message = _msgspec_problem(str(error), value)
+                self._add(key, message)
+                if not key or not _prune(value, key):
+                    return Settings()
+                continue
+            if not self.problems:  # with values taken out, rules between options would blame the wrong ones
+                for problem in check_settings(settings):
+                    self._add(problem.key, problem.message)
+            return settings
+        return Settings()
 
     def _add(self, key: Key, message: str) -> None:
         line = None
@@ -174,6 +195,34 @@ class _Document:
                 line = self.lines[key[:length]]
                 break
         self.problems.append((line, _dotted(key), message))
+
+
+def _prune(value: Any, key: Key) -> bool:
+    """Take the value at `key` out; False if it is not there."""
+    for part in key[:-1]:
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            return False
+    if isinstance(value, dict):
+        return value.pop(key[-1], value) is not value
+    if isinstance(value, list) and isinstance(key[-1], int) and key[-1] < len(value):
+        value[key[-1]] = ""  # an item keeps its place, so that the lines of those behind it stay right
+        return False
+    return False
+
+
+def loader_line(loader: _Loader | None) -> int:
+    """The line that was being read; 1 if reading never began."""
+    return 1 if loader is None else int(loader.line) + 1
+
+
+def _decode_unit(wanted: type, value: Any) -> Any:
+    """decode_unit, with a number too large for a float as the bad value that it is."""
+    try:
+        return decode_unit(wanted, value)
+    except OverflowError:
+        raise ValueError("the number is far too large") from None
 
 
 def _mended(value: dict[str, Any]) -> dict[str, Any]:
@@ -257,4 +306,7 @@ def _fits(item: Any, message: str) -> bool:
             "dict": "object",
         }
         return names.get(type(item).__name__) != got[1]
+    missing = re.search(r"missing required field `([^`]+)`", message)
+    if missing is not None:
+        return isinstance(item, dict) and missing[1] in item
     return isinstance(item, str) and repr(item) not in message and item not in message
