@@ -214,6 +214,31 @@ class RealBox:
         top, _, rest = answer.partition(b"\r\n\r\n")
         return int(top.split()[1]), json.loads(rest) if rest else None
 
+    def submit(self, **fields: Any) -> dict[str, Any]:
+        """Over the socket; the answer's body, whatever its status."""
+        return self.api("POST", "/v1/tasks", fields)[1]
+
+    def show(self, task_id: str) -> dict[str, Any]:
+        return self.api("GET", f"/v1/tasks/{task_id}")[1]
+
+    def status(self) -> dict[str, Any]:
+        return self.api("GET", "/v1/status")[1]
+
+    def wait_state(self, task_id: str, *states: str, wait_s: float = WAIT_S) -> dict[str, Any]:
+        """The show object, once the task is in one of these states."""
+
+        def look() -> dict[str, Any] | None:
+            shown = self.show(task_id)
+            return shown if shown.get("state") in states else None
+
+        return wait_for(f"{task_id} to be {' or '.join(states)}", look, wait_s)
+
+    def ctl_json(self, *words: str, stdin: bytes = b"") -> Any:
+        """What a reading verb says with --json."""
+        done = self.ctl(*words, "--json", stdin=stdin)
+        assert done.stdout, done.stderr
+        return json.loads(done.stdout)
+
     def ctl(self, *words: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
         """Run agentqctl for real."""
         command = [sys.executable, "-m", "agentqd.cli.main", "--state-dir", str(self.state), "--runtime-dir", str(self.runtime), *words]

@@ -52,9 +52,10 @@ PRESETS: Final[dict[str, RunnerSpec]] = {
     # can resume it by hand. stream-json needs --verbose; its last record is the result.
     "claude": RunnerSpec(
         name="claude",
-        argv=("claude", "-p", "--output-format", "stream-json", "--verbose", "--session-id", "{session_id}"),
+        argv=("claude", "-p", "--output-format", "stream-json", "--verbose", "--permission-mode", "acceptEdits",
+              "--session-id", "{session_id}"),
         prompt="stdin",
-        inherit_env=("ANTHROPIC_*", "CLAUDE_*", "AWS_*", "GOOGLE_*", "VERTEX_*", "CLOUD_ML_REGION", "DISABLE_*", "IS_SANDBOX"),
+        inherit_env=("ANTHROPIC_*", "CLAUDE_*", "IS_SANDBOX"),  # AWS_* and the like only where a runner asks
         env={"DISABLE_AUTOUPDATER": "1"},
         result="claude-stream-json",
         limit_signs=("rate_limit_event", "usage limit"),

@@ -29,7 +29,7 @@ from agentqd.storage.transaction import Transaction
 from agentqd.system.inotify import InotifyUnavailable, Overflow, Watcher
 
 _LINES_A_TURN: Final = 1000
-_MAINTAIN_EVERY_S: Final = 30.0
+_MAINTAIN_EVERY: Final = 6  # rescans
 _FOLDER_MASK: Final = 0x2 | 0x8 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800 | 0x01000000
 # IN_MODIFY, IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE, IN_DELETE_SELF, IN_MOVE_SELF, IN_ONLYDIR
 
@@ -191,7 +191,7 @@ class Intake:
     async def _maintain(self) -> None:
         """Rotate a large, consumed file; let go of rotated ones that are done with."""
         now = self.box.clock.monotonic_s()
-        if now - self._maintained < _MAINTAIN_EVERY_S:
+        if now - self._maintained < _MAINTAIN_EVERY * float(self.box.settings.limits.rescan_every):
             return
         self._maintained = now
         chunk = self.folder.maintain(

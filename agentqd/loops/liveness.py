@@ -88,15 +88,15 @@ class Liveness:
         """A ready task that is too old while slots are free: something is stuck."""
         allowed_us = int(self.box.settings.alerts.oldest_queued * US)
         old = self.box.clock.now_us() - allowed_us
-        paused = self._supervision.scheduler.paused
+        scheduler = self._supervision.scheduler
         if len(self._supervision.live) >= self.box.max_workers or self.box.draining:
             return
 
         def query(connection: sqlite3.Connection) -> list[tuple[str, str, int]]:
             found = []
             busy = store.active_counts(connection)
-            for queue in {"default", *self.box.settings.queues} - paused:
-                if busy.get(queue, 0) >= self.box.concurrency(queue):
+            for queue in {"default", *self.box.settings.queues}:
+                if scheduler.is_paused(queue) or busy.get(queue, 0) >= self.box.concurrency(queue):
                     continue
                 heads = store.heads(connection, queue, 1)
                 if heads and heads[0].run_at < old and (heads[0].wake_at is None or heads[0].wake_at < old):

@@ -51,6 +51,11 @@ class Scheduler:
         rows = await self._box.journal.read(lambda c: c.execute("SELECT queue FROM paused_queues").fetchall())
         self.paused = frozenset(row[0] for row in rows)
 
+    def is_paused(self, queue: str) -> bool:
+        """By a person's word, or by the config."""
+        options = self._box.settings.queues.get(queue)
+        return queue in self.paused or (options is not None and options.paused)
+
     def wake(self) -> None:
         """Something outside the journal changed (settings, pause, supervisor): choose again."""
         self._box.journal.submit(_nothing)
@@ -64,7 +69,7 @@ class Scheduler:
         names = [
             name
             for name in {"default", *box.settings.queues}
-            if name not in self._empty and name not in self.paused
+            if name not in self._empty and not self.is_paused(name)
         ]
         if not names:
             return

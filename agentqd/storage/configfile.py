@@ -15,6 +15,7 @@ from agentqd.core.config_rules import check_settings
 from agentqd.core.errors import ConfigError
 from agentqd.core.settings import Settings
 from agentqd.core.units import decode_unit
+from agentqd.storage.envfile import read_regular_file, why_unreadable
 
 BYTES_MAX: Final = 1024 * 1024
 NODES_MAX: Final = 100_000
@@ -59,14 +60,9 @@ def load_settings(path: str | None) -> Loaded:
 
 def _read(path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
-            raw = file.read(BYTES_MAX + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        what = error.strerror if isinstance(error, OSError) else str(error)
-        raise _error(path, [(None, "", f"cannot be read: {what}")]) from error
-    if len(raw) > BYTES_MAX:
-        raise _error(path, [(None, "", f"is larger than {BYTES_MAX} bytes")])
-    return raw
+        return read_regular_file(path, BYTES_MAX)
+    except (OSError, ValueError) as error:
+        raise _error(path, [(None, "", why_unreadable(error))]) from error
 
 
 def _error(path: str, problems: list[tuple[int | None, str, str]]) -> ConfigError:

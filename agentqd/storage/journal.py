@@ -151,7 +151,9 @@ class Journal:
 
     def _open(self) -> None:
         try:
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # -wal and -shm take its mode
+            os.close(
+                os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            )  # -wal and -shm take its mode
             self._connection = connect(self.path)
             migrate(self._connection, self.path)
             self._connection.execute("BEGIN IMMEDIATE")

@@ -38,7 +38,7 @@ _MARK: Final = (
 _INSERT_TRY: Final = (
     "INSERT OR REPLACE INTO tries (entry_seq, sink, n, at, outcome, reason) VALUES (?,?,?,?,?,?)"
 )
-_LAST_POSITION: Final = "SELECT max(position) FROM outbox WHERE sink = ?"
+_LAST_POSITION: Final = "SELECT max(position) FROM outbox WHERE sink = ? AND position IS NOT NULL"
 
 
 class NewEntry(msgspec.Struct):

@@ -17,8 +17,12 @@ from typing import Final
 import msgspec
 
 PROTOCOL: Final = 1
-NOT_STARTED: Final = "not started: "  # how `Exited.error` begins where nothing was run and nothing is remembered
-OTHER_INSTANCE: Final = "started by another instance"  # ... and where `started` is another instance's, without exit.json
+NOT_STARTED: Final = (
+    "not started: "  # how `Exited.error` begins where nothing was run and nothing is remembered
+)
+OTHER_INSTANCE: Final = (
+    "started by another instance"  # ... and where `started` is another instance's, without exit.json
+)
 PROTOCOLS_SPOKEN: Final = (1,)  # by this daemon; a supervisor speaks exactly one
 
 

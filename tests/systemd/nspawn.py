@@ -238,7 +238,9 @@ class Box:
         with contextlib.suppress(subprocess.TimeoutExpired):
             nspawn.wait(15)
         for cgroup in self._cgroups:
-            with contextlib.suppress(OSError):  # a v1 folder has no cgroup.kill; the v2 one has the same processes
+            with contextlib.suppress(
+                OSError
+            ):  # a v1 folder has no cgroup.kill; the v2 one has the same processes
                 (cgroup / "cgroup.kill").write_text("1")
         nspawn.kill()
         nspawn.wait()

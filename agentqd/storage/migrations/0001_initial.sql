@@ -33,6 +33,8 @@ CREATE TABLE tasks (
 );
 CREATE INDEX tasks_ready ON tasks (queue, priority DESC, seq) WHERE state = 'queued';
 CREATE INDEX tasks_active ON tasks (state) WHERE state IN ('running', 'stopping');
+CREATE INDEX tasks_waiting ON tasks (state, seq) WHERE state IN ('scheduled', 'blocked', 'held', 'retryable');
+CREATE INDEX tasks_unsuccessful ON tasks (seq) WHERE state = 'finished' AND result <> 'success';
 CREATE INDEX tasks_wake ON tasks (wake_at) WHERE wake_at IS NOT NULL;
 CREATE INDEX tasks_finished ON tasks (finished_at) WHERE state = 'finished';
 
@@ -104,6 +106,7 @@ CREATE TABLE outbox (
     PRIMARY KEY (entry_seq, sink)
 ) WITHOUT ROWID;
 CREATE INDEX outbox_due ON outbox (sink, due_at, entry_seq) WHERE state IN ('pending', 'delivering', 'retryable');
+CREATE INDEX outbox_oldest ON outbox (created_at) WHERE state IN ('pending', 'delivering', 'retryable');
 CREATE INDEX outbox_position ON outbox (sink, position) WHERE position IS NOT NULL;
 CREATE INDEX outbox_open ON outbox (state) WHERE state IN ('held', 'dead');
 
