@@ -108,11 +108,14 @@ def _number(value: float) -> str:
 
 def _machine_text(found: dict[str, Any]) -> str:
     sync = found["fdatasync_us"]
+    costs = "; ".join(
+        f"{name.replace('_', ' ')} p50 {of['p50']:.0f} us, p99 {of['p99']:.0f} us"
+        for name, of in sync.items()
+    )
     return (
         f"{found['cores']} cores ({found['cpu']}{', virtual' if found['virtual'] else ''}), {found['memory_gb']} GB, Linux {found['kernel']},"
         f" {found['file_system']}, Python {found['python']}, SQLite {found['sqlite']}, load {found['load_before']:.2f} before\n"
-        f"fdatasync of 4 KiB: appended p50 {sync['append']['p50']:.0f} us, p99 {sync['append']['p99']:.0f} us;"
-        f" overwritten p50 {sync['overwrite']['p50']:.0f} us, p99 {sync['overwrite']['p99']:.0f} us\n"
+        f"fdatasync after 4 KiB: {costs}\n"
     )
 
 

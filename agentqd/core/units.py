@@ -7,11 +7,13 @@ Times in records: RFC 3339 in UTC, whole microseconds inside the journal.
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from agentqd.core.limits import DURATION_MAX_S
+from agentqd.core.limits import DURATION_MAX_S, SIZE_MAX
 
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_US: Final = timedelta(microseconds=1)
 _DURATION_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|w)")
 _DURATION_UNIT_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]i?B?|B)?")
@@ -90,8 +92,8 @@ def parse_duration(value: object) -> Duration:
     """Seconds from `45m`, `10s`, `500ms`, `1h30m` or a number. Raises ValueError with what was wrong."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"a duration is like 45m, 10s or a number of seconds, not {_shown(value)}")
-    seconds = _duration_text(value.strip()) if isinstance(value, str) else float(value)
-    if not 0 <= seconds <= DURATION_MAX_S:  # NaN fails this too
+    seconds = _duration_text(value.strip()) if isinstance(value, str) else value
+    if not 0 <= seconds <= DURATION_MAX_S:  # NaN fails this too; an int of any length is compared before it is a float
         raise ValueError(f"a duration must be between 0 and ten years, not {_shown(value)}")
     return Duration(seconds)
 
@@ -126,11 +128,16 @@ def format_duration(seconds: float) -> str:
 
 def parse_size(value: object) -> Size:
     """Bytes from `64KiB`, `10MB`, `512` or a whole number. Raises ValueError with what was wrong."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return Size(value)
-    if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
-        return Size(float(match[1]) * _SIZE_UNIT[(match[2] or "").upper()])
-    raise ValueError(f"a size is like 64KiB, 10MB or a number of bytes, not {_shown(value)}")
+    size: float
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    elif isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
+        size = float(match[1]) * _SIZE_UNIT[(match[2] or "").upper()]
+    else:
+        raise ValueError(f"a size is like 64KiB, 10MB or a number of bytes, not {_shown(value)}")
+    if not 0 <= size <= SIZE_MAX:
+        raise ValueError(f"a size must be between 0 and 1024 TiB, not {_shown(value)}")
+    return Size(size)
 
 
 def parse_time_us(value: str) -> int:
@@ -141,15 +148,18 @@ def parse_time_us(value: str) -> int:
         raise ValueError(f"a time is like 2026-04-07T18:30:00Z, not {_shown(value)}") from None
     if moment.tzinfo is None:
         raise ValueError(f"a time needs its zone (a Z at the end for UTC): {_shown(value)}")
-    return int(moment.timestamp() * 1_000_000)
+    try:
+        moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError(f"a time must lie in the years 1 to 9999 of UTC: {_shown(value)}") from None
+    return (moment - _EPOCH) // _US  # whole numbers: a float loses the last microsecond
 
 
 def format_time(us: int | None) -> str | None:
     """RFC 3339 in UTC with milliseconds, or None."""
     if us is None:
         return None
-    moment = datetime.fromtimestamp(us / 1_000_000, UTC)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+    return (_EPOCH + us * _US).isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
 def _shown(value: object) -> str:

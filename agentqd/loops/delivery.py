@@ -31,6 +31,7 @@ from agentqd.sinks.registry import make_sink, schedule_for
 from agentqd.storage import outbox
 from agentqd.storage.outbox import DueRow, Mark
 from agentqd.storage.transaction import Transaction
+from agentqd.system.failpoints import failpoint
 
 US: Final = 1_000_000
 _IDLE_MAX_S: Final = 30.0
@@ -182,6 +183,7 @@ class SinkRunner:
             )
 
     async def _send(self, batch: list[DueRow]) -> None:
+        failpoint("send_begun")
         try:
             outcomes = await self._deliver(batch)
         finally:
@@ -189,6 +191,7 @@ class SinkRunner:
         self._tell_notices()
         now = self.box.clock.now_us()
         marks = [self._mark(row, outcome, now) for row, outcome in zip(batch, outcomes, strict=True)]
+        failpoint("receiver_answered")
         future = self.box.journal.submit_lazily(lambda tx: self._record(tx, batch, outcomes, marks))
         future.add_done_callback(lambda done: self._marked(done, batch, marks))
 

@@ -29,7 +29,7 @@ from agentqd.core.task import TaskRequest
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
 from agentqd.storage import outbox
-from agentqd.storage.files import fsync_folder
+from agentqd.storage.files import fsync_folder, printable_name
 from agentqd.storage.tasks import TaskRow
 from agentqd.storage.transaction import Transaction
 from agentqd.system.leases import has_writer
@@ -84,7 +84,7 @@ def scan(folder: str, blobs: str, taken: Mapping[str, Identity], how: How, entry
         try:
             status = os.fstat(descriptor)
             identity = (status.st_ino, status.st_size, status.st_mtime_ns)
-            if taken.get(name) == identity:
+            if taken.get(printable_name(name)) == identity:
                 continue
             if not stat.S_ISREG(status.st_mode):
                 problems.append(f"outbox/{name!r}: not a regular file")
@@ -93,7 +93,7 @@ def scan(folder: str, blobs: str, taken: Mapping[str, Identity], how: How, entry
                 waiting += 1
                 if how == "alive":
                     continue
-            handed.append(_read(descriptor, name, identity, blobs, how, entry_bytes_max))
+            handed.append(_read(descriptor, printable_name(name), identity, blobs, how, entry_bytes_max))
         finally:
             os.close(descriptor)
     return Scan(handed, waiting, problems)
@@ -122,7 +122,7 @@ def _read(
     if name.endswith(".json"):
         try:
             msgspec.json.decode(content)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             broken = "incomplete" if how == "killed" else f"malformed: {error}"[: limits.SINK_ERROR_CHARS_MAX]
     elif how == "killed":
         broken = "incomplete"

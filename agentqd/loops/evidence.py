@@ -17,6 +17,7 @@ import msgspec
 from agentqd.core import limits
 from agentqd.core.task import Expect
 from agentqd.core.verdict import FileSeen
+from agentqd.storage.files import printable_name
 
 _READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _HASH_CHUNK: Final = 1024 * 1024
@@ -139,7 +140,9 @@ def _artifacts(
     problems: list[str],
 ) -> tuple[list[Artifact], bool]:
     base = asked.workdir or work
-    paths = {os.path.relpath(path, work): path for path, _ in found[: limits.ARTIFACTS_MAX]}
+    paths = {
+        printable_name(os.path.relpath(path, work)): path for path, _ in found[: limits.ARTIFACTS_MAX]
+    }
     for item in expected:
         if item.bytes is not None:
             paths.setdefault(item.path, os.path.join(base, item.path))

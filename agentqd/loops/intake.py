@@ -26,6 +26,7 @@ from agentqd.storage import outbox, sources
 from agentqd.storage.queuefile import Chunk, Notice, Position
 from agentqd.storage.queuefolder import QueueFolder
 from agentqd.storage.transaction import Transaction
+from agentqd.system.failpoints import failpoint
 from agentqd.system.inotify import InotifyUnavailable, Overflow, Watcher
 
 _LINES_A_TURN: Final = 1000
@@ -89,6 +90,7 @@ class Intake:
         if chunk.is_empty:
             return True
         reads = [read for line in chunk.lines for read in self._read(chunk, line)]
+        failpoint("lines_decided")
         try:
             await self.box.journal.commit(lambda tx: self._record(tx, chunk, reads))
         except JournalError:
@@ -261,9 +263,9 @@ def _add(
 
 
 def _readable(raw: bytes) -> tuple[str | None, str | None]:
-    """The name and id that a rejected line gives, where they can be read."""
+    """The name and id that a rejected line gives, where they can be read (also where a byte elsewhere is not UTF-8)."""
     try:
-        value = msgspec.json.decode(raw)
+        value = msgspec.json.decode(raw.decode("utf-8", "replace"))
     except (msgspec.DecodeError, RecursionError):
         return None, None
     if not isinstance(value, dict):

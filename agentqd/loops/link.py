@@ -111,36 +111,33 @@ class Link(asyncio.Protocol):
 
     def _start_supervisor(self) -> None:
         """Detached: its own session, no descriptor of ours; it outlives this daemon."""
+        try:
+            child = self._spawn_supervisor()
+        except OSError as error:  # the box is short of something; the loop comes back
+            self._box.log.error("supervisor_start_failed", error=str(error))
+            return
+        self._box.log.info("supervisor_started", supervisor_pid=child.pid)
+        child.returncode = 0  # it is not ours to wait for in __del__; a zombie of it is reaped by `_reap`
+        asyncio.get_running_loop().call_later(1.0, _reap, child.pid)
+
+    def _spawn_supervisor(self) -> subprocess.Popen[bytes]:
+        """Raises OSError."""
         folders = self._box.folders
         os.makedirs(folders.runtime, mode=0o700, exist_ok=True)
-        log = os.open(
-            f"{folders.runtime}/supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
-        )
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        log = os.open(f"{folders.runtime}/supervisor.log", flags, 0o600)
+        command = [sys.executable, "-m", "agentqd.supervisor", "--state-dir", folders.state]
         try:
-            child = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "agentqd.supervisor",
-                    "--state-dir",
-                    folders.state,
-                    "--runtime-dir",
-                    folders.runtime,
-                ],
+            return subprocess.Popen(
+                [*command, "--runtime-dir", folders.runtime],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
                 cwd="/",
             )
-        except OSError as error:
-            self._box.log.error("supervisor_start_failed", error=str(error))
-            return
         finally:
             os.close(log)
-        self._box.log.info("supervisor_started", supervisor_pid=child.pid)
-        child.returncode = 0  # it is not ours to wait for in __del__; a zombie of it is reaped by `_reap`
-        asyncio.get_running_loop().call_later(1.0, _reap, child.pid)
 
     # asyncio.Protocol
 

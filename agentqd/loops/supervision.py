@@ -36,6 +36,7 @@ from agentqd.storage import tasks as store
 from agentqd.storage.tasks import TaskRow
 from agentqd.storage.transaction import Transaction
 from agentqd.supervisor import wire
+from agentqd.system.failpoints import failpoint
 from agentqd.system.inotify import InotifyUnavailable, Overflow, Watcher
 
 _NOTE_AFTER_S: Final = (
@@ -93,6 +94,7 @@ class Supervision:
         task = claim.task
         live = Live(task, read_task(claim.spec))
         self.live[task.id] = live
+        failpoint("claimed")
         try:
             self.link.send(build_run(self.box, task, live.request, claim.prompt))
         except SupervisorUnavailable:
@@ -301,6 +303,7 @@ class Supervision:
             if live is not None:
                 live.ended = True
                 ends.append((live, item))
+        failpoint("end_received")
         left_nothing = all(self._left_nothing(item) for _, item in ends)
         collected = (
             self._collect(ends)
@@ -308,6 +311,7 @@ class Supervision:
             else await loop.run_in_executor(self._threads, self._collect, ends)
         )
         ready = [await self._with_check(end) for end in collected]
+        failpoint("evidence_durable")
 
         def unit(tx: Transaction) -> None:
             for end in ready:
@@ -392,12 +396,10 @@ class Supervision:
     async def _with_check(self, end: AttemptEnd) -> AttemptEnd:
         """Run the task's own check, through the supervisor, where the rest of the evidence leaves room for success."""
         check = end.request.expect.check if end.request.expect is not None else None
-        if (
-            check is None
-            or end.exited is None
-            or end.exited.exit_code != 0
-            or end.exited.intent not in {None, RESULT_GRACE}
-        ):
+        exited = end.exited
+        if check is None or exited is None:
+            return end
+        if exited.intent != RESULT_GRACE and (exited.intent is not None or exited.exit_code != 0):
             return end
         folder = self.box.folders.attempt(end.task_id, end.attempt)
         passed, detail = await self.execs.check(self.box, end, check, folder)
@@ -407,6 +409,7 @@ class Supervision:
         self._unit_done(done)
         if done.cancelled() or done.exception() is not None:
             return
+        failpoint("end_recorded")
         for end in ends:
             live = self.live.get(end.task_id)
             if live is not None and live.task.attempt == end.attempt:
@@ -472,6 +475,7 @@ class Supervision:
                 return set()
             return dropfolder.record(tx, self.box, task, live.request, live.task.attempt, scan.handed)
 
+        failpoint("handover_read")
         keys = await self.box.journal.commit(unit)
         live.keys |= keys
         for item in scan.handed:

@@ -32,6 +32,7 @@ from agentqd.sinks.base import Deferred, Delivered, Delivery, Found, Outcome, Re
 from agentqd.sinks.lines import POSITION_MAX, Lines
 from agentqd.sinks.reason import bounded
 from agentqd.sinks.tail import last_line_end, lines_backwards
+from agentqd.system.failpoints import failpoint
 
 _FRAGMENT_BYTES_MAX: Final = 16 * MIB
 _NOTICES_MAX: Final = 100
@@ -278,6 +279,7 @@ class AppendLog:
             self._last = max(self._last, first + whole - 1) if self._lines.numbered else self._last
             mended = whole == len(lines) or self._cut_torn(start + (ends[whole - 1] if whole else 0), end)
             if whole:
+                failpoint("lines_written")
                 os.fdatasync(self._fd)  # before any answer (crash state 22)
                 self._sync_folder()
             self._check_still_there()

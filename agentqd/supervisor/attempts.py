@@ -22,6 +22,7 @@ from agentqd.supervisor.output import OutputCap, SignsOfLife
 from agentqd.supervisor.spawn import SpawnError
 from agentqd.supervisor.tree import MARK_ATTEMPT, MARK_EXEC, MARK_STATE, MARK_TASK
 from agentqd.supervisor.wire import Clocks, Ending, Exited, Run, Running, Stuck
+from agentqd.system.failpoints import failpoint
 from agentqd.system.fsops import open_folder_at
 
 
@@ -99,6 +100,7 @@ class Attempt:
             folder = make_folder(context.tasks_fd, run.task, run.attempt, run.prompt)
         except (OSError, ValueError) as problem:
             raise StartError(f"cannot make the folder {run.folder}: {problem}") from problem
+        failpoint("folder_made")
         try:
             mark_started(folder, Started(context.instance, context.boot_id, self.started_at))
         except OSError as problem:
@@ -113,6 +115,7 @@ class Attempt:
         env.pop(MARK_EXEC, None)
         hooks = Hooks(lambda: self.clocks.kill_grace_s, self._main_ended, self._gone, self._stuck)
         work_fd = -1
+        failpoint("started_made")
         try:
             if run.cwd is None:
                 work_fd = open_folder_at("work", folder.fd)

@@ -25,5 +25,5 @@ def read_exit(folder_fd: int) -> Exited | None:
     """What an attempt's folder says about its end; None if there is nothing usable."""
     try:
         return _decoder.decode(read_file_at(NAME, folder_fd, EXIT_FILE_BYTES_MAX))
-    except (OSError, msgspec.DecodeError, msgspec.ValidationError):
+    except (OSError, msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError):
         return None

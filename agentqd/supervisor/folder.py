@@ -107,7 +107,7 @@ def read_started(folder_fd: int) -> Started | None:
     """Who started this attempt; None if the file cannot be read or makes no sense."""
     try:
         return msgspec.json.decode(read_file_at("started", folder_fd, STARTED_BYTES_MAX), type=Started)
-    except (OSError, msgspec.DecodeError, msgspec.ValidationError):
+    except (OSError, msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError):
         return None
 
 

@@ -26,6 +26,7 @@ from agentqd.supervisor.exitfile import read_exit, write_exit
 from agentqd.supervisor.folder import AlreadyStartedError, AttemptFolder, check_name, read_started
 from agentqd.supervisor.limits import DEFERRED_RUNS_MAX, EXIT_FILE_RETRY_S
 from agentqd.supervisor.wire import NOT_STARTED, OTHER_INSTANCE, Clocks, Exited, Run, Running
+from agentqd.system.failpoints import failpoint
 
 AttemptKey = tuple[str, int]
 
@@ -123,6 +124,7 @@ class Registry:
             attempt.child.children_changed()
 
     def _start(self, run: Run, received_s: float) -> None:
+        failpoint("run_received")
         try:
             check_name(run.task, run.attempt, run.folder, self._context.state_folder)
             attempt = Attempt(self._context, run, received_s, self._over)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from typing import Any
 from realbox import RealBox, wait_for
 
 from agentqd.storage.transaction import event_hash
+
+
+WAIT_S = float(os.environ.get("AGENTQD_CRASH_WAIT_S", "60"))  # mutants are not waited for so long
 
 
 @contextmanager
@@ -42,19 +46,25 @@ def at_rest(box: RealBox, *names: str) -> bool:
     return open_tasks == [(0,)] and open_rows == [(0,)]
 
 
-def wait_until_at_rest(box: RealBox, *names: str, wait_s: float = 60.0) -> None:
+def wait_until_at_rest(box: RealBox, *names: str, wait_s: float = WAIT_S) -> None:
     try:
         wait_for("every task finished and every row delivered", lambda: at_rest(box, *names), wait_s)
     except AssertionError as error:
-        tasks = query(box, "SELECT id, name, state, reason, attempt FROM tasks WHERE state != 'finished' LIMIT 20")
-        rows = query(box, "SELECT entry_seq, sink, state, last_error FROM outbox WHERE state != 'delivered' LIMIT 20")
+        tasks = query(
+            box, "SELECT id, name, state, reason, attempt FROM tasks WHERE state != 'finished' LIMIT 20"
+        )
+        rows = query(
+            box, "SELECT entry_seq, sink, state, last_error FROM outbox WHERE state != 'delivered' LIMIT 20"
+        )
         raise AssertionError(f"{error}\ntasks {tasks}\nrows {rows}\n{box.log_text()[-6000:]}") from None
 
 
 def check_chain(box: RealBox) -> int:
     """The audit chain, hashed anew from its beginning. Returns its length."""
     head, expected = bytes(32), 1
-    for seq, at, task, event, data, kept in query(box, "SELECT seq, at, task, event, data, hash FROM events ORDER BY seq"):
+    for seq, at, task, event, data, kept in query(
+        box, "SELECT seq, at, task, event, data, hash FROM events ORDER BY seq"
+    ):
         assert seq == expected, f"event {expected} is missing"
         head = event_hash(head, seq, at, task, event, data)
         assert head == bytes(kept), f"the chain breaks at event {seq} ({event})"
@@ -64,7 +74,10 @@ def check_chain(box: RealBox) -> int:
 
 def check_sums(box: RealBox) -> None:
     """The counted sums are what a count finds."""
-    counted = query(box, "SELECT queue, state, coalesce(result, ''), count(*) FROM tasks GROUP BY 1, 2, 3 ORDER BY 1, 2, 3")
+    counted = query(
+        box,
+        "SELECT queue, state, coalesce(result, ''), count(*) FROM tasks GROUP BY 1, 2, 3 ORDER BY 1, 2, 3",
+    )
     kept = query(box, "SELECT queue, state, result, n FROM task_counts WHERE n != 0 ORDER BY 1, 2, 3")
     assert counted == kept
     rows = query(box, "SELECT sink, state, count(*) FROM outbox GROUP BY 1, 2 ORDER BY 1, 2")
@@ -73,7 +86,9 @@ def check_sums(box: RealBox) -> None:
 
 def check_folders(box: RealBox) -> None:
     """No half folder is left, and no blob under a temporary name."""
-    left = [str(path) for path in box.state.glob("tasks/*/.attempt-*")] + [str(path) for path in box.state.glob("blobs/.tmp-*")]
+    left = [str(path) for path in box.state.glob("tasks/*/.attempt-*")] + [
+        str(path) for path in box.state.glob("blobs/.tmp-*")
+    ]
     assert not left, f"left behind: {left}"
 
 
@@ -89,7 +104,9 @@ def check_completions(box: RealBox) -> list[dict[str, Any]]:
         "SELECT e.delivery_id, o.position FROM outbox o JOIN entries e ON e.seq = o.entry_seq"
         " WHERE o.sink = 'completions' AND o.state = 'delivered'",
     )
-    assert dict(marked) == {line["delivery_id"]: line["seq"] for line in lines}, "file and journal do not agree"
+    assert dict(marked) == {line["delivery_id"]: line["seq"] for line in lines}, (
+        "file and journal do not agree"
+    )
     return lines
 
 

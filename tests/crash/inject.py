@@ -48,7 +48,9 @@ class Strace:
         out.unlink(missing_ok=True)
         pids = [word for tid in tids for word in ("-p", str(tid))]
         command = ["strace", "-q", "-ttt", "-o", str(out), *options, *pids]
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
         wait_for(f"strace on {list(tids)}", lambda: self._attached(tids), 10)
 
     def _attached(self, tids: Sequence[int]) -> bool:
@@ -63,12 +65,15 @@ class Strace:
         self.wait()
 
     def wait(self) -> None:
+        """Its end; the traced are dead, or it was told to detach."""
+        assert self._process.stderr is not None
+        if self._process.stderr.closed:
+            return
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        assert self._process.stderr is not None
         self._process.stderr.close()
 
     def lines(self) -> list[str]:

@@ -6,23 +6,20 @@ until a run is not killed any more. Four boxes share the work.
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from realbox import RealBox, alive, wait_for
+from realbox import RealBox, wait_for
 
-from crash.checker import Side, at_rest, check_all, check_once, query, wait_until_at_rest
+from crash.checker import Side, at_rest, check_all, check_once, wait_until_at_rest
 from crash.inject import MUTATING, Strace, count_calls, is_gone, kill_at, threads_of
+from crash.processes import connected, daemon_died, holders, reap_killed, start_supervisor
 
 pytestmark = [pytest.mark.real, pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -40,7 +37,7 @@ class Victim:
     side: Side
     names: int = 0
     tag: str = ""
-    later: list[int] = field(default_factory=list)
+    warm: int = 0  # the pid of the daemon that has run a task
 
     def new_name(self) -> str:
         self.names += 1
@@ -54,10 +51,10 @@ class Victim:
     def warm_up(self) -> None:
         """One task, so that every thread is there."""
         pid = self.box.daemon_pid()
-        before = wait_for("the threads of the start", lambda: len(seen := threads_of(pid)) >= THREADS_AT_START and seen)
-        name = self.append()
-        wait_until_at_rest(self.box, name)
-        self.later = [tid for tid in threads_of(self.box.daemon_pid()) if tid not in before]
+        if self.warm != pid:
+            wait_for("the threads of the start", lambda: len(threads_of(pid)) >= THREADS_AT_START)
+            wait_until_at_rest(self.box, self.append())
+            self.warm = pid
 
 
 class Tally:
@@ -104,19 +101,6 @@ def share(folder: Path, jobs: list[Callable[[Victim], None]]) -> None:
             future.result()
 
 
-def daemon_died(box: RealBox) -> bool:
-    assert box.daemon is not None
-    return box.daemon.poll() is not None
-
-
-def reap_killed(box: RealBox) -> None:
-    """It died of SIGKILL, and nobody but strace sent one."""
-    daemon, box.daemon = box.daemon, None
-    assert daemon is not None
-    status = daemon.wait(30)
-    assert status == -signal.SIGKILL, f"ended with {status}, not by SIGKILL:\n{box.log_text()[-3000:]}"
-
-
 def test_the_daemon_killed_at_every_call_of_every_thread(tmp_path: Path) -> None:
     began, tally = time.monotonic(), Tally()
     (tmp_path / "look").mkdir()
@@ -137,12 +121,10 @@ def test_the_daemon_killed_at_every_call_of_every_thread(tmp_path: Path) -> None
 
 
 def roles(victim: Victim) -> dict[str, list[int]]:
-    """Threads by the order of their start; those that came with the first task together."""
-    tids = [tid for tid in threads_of(victim.box.daemon_pid()) if tid not in victim.later]
-    named = {f"thread {number}": [tid] for number, tid in enumerate(tids)}
-    if victim.later:
-        named["evidence"] = victim.later
-    return named
+    """Threads by the order of their start; those that came with the first task (they read evidence) together."""
+    tids = threads_of(victim.box.daemon_pid())
+    named = {f"thread {number}": [tid] for number, tid in enumerate(tids[:THREADS_AT_START])}
+    return {**named, "evidence": tids[THREADS_AT_START:]}
 
 
 def calls_by_role(victim: Victim) -> dict[tuple[str, str], int]:
@@ -177,25 +159,25 @@ def kill_daemon_once(victim: Victim, role: str, call: str, when: int) -> bool:
     box = victim.box
     if box.daemon is None:
         box.start()
-    if not [tid for tid in victim.later if Path(f"/proc/{box.daemon_pid()}/task/{tid}").exists()]:
-        victim.warm_up()
-    tids = roles(victim).get(role, [])
-    strace = kill_at(tids, call, when, box.folder / "kill")
+    victim.warm_up()
+    strace = kill_at(roles(victim)[role], call, when, box.folder / "kill")
     name = victim.append()
     wait_for("the kill, or the end", lambda: daemon_died(box) or at_rest(box, name), 60)
-    killed = daemon_died(box) or not wait_calm(box)
+    if not daemon_died(box) and wait_calm(box):
+        strace.detach()
+    killed = daemon_died(box)
     if killed:
         strace.wait()
         reap_killed(box)
         box.start()
-    else:
-        strace.detach()
     wait_until_at_rest(box, name)
     try:
         check_once(box, victim.side, name, check_all(box))
         victim.side.check()
     except AssertionError as error:
-        raise AssertionError(f"after SIGKILL at {role} {call} {when}: {error}\n{box.log_text()[-5000:]}") from error
+        raise AssertionError(
+            f"after SIGKILL at {role} {call} {when}: {error}\n{box.log_text()[-5000:]}"
+        ) from error
     return killed
 
 
@@ -257,15 +239,6 @@ def sparsely(calls: int) -> list[int]:
     return points
 
 
-def start_supervisor(box: RealBox) -> subprocess.Popen[bytes]:
-    """Beside the daemon, so that strace -f does not follow into it."""
-    command = [sys.executable, "-m", "agentqd.supervisor", "--state-dir", str(box.state), "--runtime-dir", str(box.runtime), "--linger", "30"]
-    with (box.folder / "supervisor.log").open("ab") as log:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **box.env})
-    wait_for("the supervisor's socket", lambda: (box.runtime / "supervisor.sock").exists())
-    return child
-
-
 def calls_of_a_start(folder: Path) -> tuple[Counter[str], list[int]]:
     """How often each call comes in the busiest thread, and the numbers of the main thread's openat calls that create."""
     box = RealBox(folder)
@@ -273,7 +246,15 @@ def calls_of_a_start(folder: Path) -> tuple[Counter[str], list[int]]:
     with box:
         supervisor = start_supervisor(box)
         out = folder / "start.trace"
-        box.prefix = ["strace", "-f", "-q", "-o", str(out), "-e", f"trace={','.join({*START_CALLS, 'openat'})}"]
+        box.prefix = [
+            "strace",
+            "-f",
+            "-q",
+            "-o",
+            str(out),
+            "-e",
+            f"trace={','.join({*START_CALLS, 'openat'})}",
+        ]
         box.append({"task": "t", "id": "t", "prompt": side.script("t")})
         box.start()
         wait_until_at_rest(box, "t")
@@ -285,7 +266,7 @@ def calls_of_a_start(folder: Path) -> tuple[Counter[str], list[int]]:
     for line in out.read_text(errors="replace").splitlines():
         tid, _, rest = line.partition(" ")
         call, parenthesis, arguments = rest.strip().partition("(")
-        if not parenthesis or not call.isalnum() and "_" not in call:
+        if not parenthesis or (not call.isalnum() and "_" not in call):
             continue
         main = main or tid
         by_thread[tid, call] += 1
@@ -306,7 +287,17 @@ def kill_a_start(folder: Path, call: str, when: int) -> bool:
         supervisor = start_supervisor(box)
         try:
             follow = [] if call == "openat" else ["-f"]
-            box.prefix = ["strace", *follow, "-q", "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={when}"]
+            box.prefix = [
+                "strace",
+                *follow,
+                "-q",
+                "-o",
+                "/dev/null",
+                "-e",
+                f"trace={call}",
+                "-e",
+                f"inject={call}:signal=SIGKILL:when={when}",
+            ]
             box.start(wait=False)
             wait_for("the kill, or the end", lambda: daemon_died(box) or at_rest(box, "t"), 60)
             killed = daemon_died(box)
@@ -320,15 +311,13 @@ def kill_a_start(folder: Path, call: str, when: int) -> bool:
             check_once(box, side, "t", check_all(box))
             side.check()
         except AssertionError as error:
-            raise AssertionError(f"start killed at {call} {when}: {error}\n{box.log_text()[-5000:]}") from error
+            raise AssertionError(
+                f"start killed at {call} {when}: {error}\n{box.log_text()[-5000:]}"
+            ) from error
         finally:
             supervisor.kill()
             supervisor.wait()
     return killed
-
-
-def at_rest_once(box: RealBox) -> bool:
-    return bool(query(box, "SELECT 1 FROM tasks WHERE id = 't'")) and at_rest(box)
 
 
 # The supervisor.
@@ -337,7 +326,12 @@ def at_rest_once(box: RealBox) -> bool:
 @pytest.mark.parametrize("on_lost", ["fail", "requeue"])
 def test_the_supervisor_killed_at_every_call(tmp_path: Path, on_lost: str) -> None:
     began, tally = time.monotonic(), Tally()
-    run_supervisor_jobs(tmp_path, tally, lambda victim: victim.append(on_lost=on_lost, backoff="50ms"), lambda v, n, k: check_lost(v, n, k, on_lost))
+    run_supervisor_jobs(
+        tmp_path,
+        tally,
+        lambda victim: victim.append(on_lost=on_lost, backoff="50ms"),
+        lambda v, n, k: check_lost(v, n, k, on_lost),
+    )
     tally.show(f"supervisor, on_lost: {on_lost}", began)
     for call in ("mkdirat", "renameat", "openat", "write", "unlinkat", "sendto", "pidfd_open"):
         assert any(what.endswith(call) for what in tally.kills), f"never killed at {call}"
@@ -352,7 +346,9 @@ def test_the_supervisor_killed_at_every_call_of_ending_a_tree(tmp_path: Path) ->
     def append(victim: Victim) -> str:
         name = victim.new_name()
         script = victim.side.script(name, "setsid sleep 60 & trap '' TERM; sleep 60 & sleep 60")
-        victim.box.append({"task": name, "id": name, "prompt": script, "run_timeout": "150ms", "kill_grace": "50ms"})
+        victim.box.append(
+            {"task": name, "id": name, "prompt": script, "run_timeout": "150ms", "kill_grace": "50ms"}
+        )
         return name
 
     def check(victim: Victim, name: str, killed: bool) -> None:
@@ -367,20 +363,6 @@ def test_the_supervisor_killed_at_every_call_of_ending_a_tree(tmp_path: Path) ->
     run_supervisor_jobs(tmp_path, tally, append, check)
     tally.show("supervisor, ending a tree", began)
     assert {"kill", "pidfd_send_signal"} & set(tally.kills), tally.kills
-
-
-def holders(path: Path) -> list[int]:
-    """Living processes that have this file open."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            if any(os.readlink(fd) == str(path) for fd in (entry / "fd").iterdir()):
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
 
 
 def run_supervisor_jobs(
@@ -403,7 +385,12 @@ def run_supervisor_jobs(
 
 
 def supervisor_job(
-    tally: Tally, call: str, first: int, step: int, append: Callable[[Victim], str], check: Callable[[Victim, str, bool], None]
+    tally: Tally,
+    call: str,
+    first: int,
+    step: int,
+    append: Callable[[Victim], str],
+    check: Callable[[Victim, str, bool], None],
 ) -> Callable[[Victim], None]:
     def job(victim: Victim) -> None:
         box, when, killed = victim.box, first, True
@@ -413,31 +400,23 @@ def supervisor_job(
             strace = kill_at([pid], call, when, box.folder / "kill")
             name = append(victim)
             wait_for("the kill, or the end", lambda: is_gone(pid) or at_rest(box, name), 60)
-            if not is_gone(pid):
-                wait_calm(box)
+            if not is_gone(pid) and wait_calm(box):
+                strace.detach()
             killed = is_gone(pid)
-            strace.wait() if killed else strace.detach()
+            strace.wait()
             try:
                 check(victim, name, killed)
             except AssertionError as error:
                 log = (box.runtime / "supervisor.log").read_text()[-3000:]
-                raise AssertionError(f"supervisor killed at {call} {when}: {error}\n{box.log_text()[-5000:]}\n{log}") from error
+                raise AssertionError(
+                    f"supervisor killed at {call} {when}: {error}\n{box.log_text()[-5000:]}\n{log}"
+                ) from error
             if killed:
                 tally.count(call)
             when += step
             assert when < AT_ONCE_MAX
 
     return job
-
-
-def connected(box: RealBox) -> bool:
-    """The supervisor that holds the lock lives and is the one the daemon has last greeted."""
-    try:
-        pid = box.supervisor_pid()
-    except (FileNotFoundError, ValueError):
-        return False
-    log = box.runtime / "supervisor.log"
-    return alive(pid) and log.exists() and log.read_text().splitlines()[-1:] != [] and "daemon_connected" in log.read_text().splitlines()[-1]
 
 
 def check_lost(victim: Victim, name: str, killed: bool, on_lost: str) -> None:

@@ -18,8 +18,9 @@ def installed(folder: Path, source: Path, programs: Path) -> list[str]:
     programs.mkdir(parents=True)
     folder.mkdir()
     paths = []
-    for program in PROGRAMS:
+    for program in (*PROGRAMS, "agentqctl"):
         shutil.copy("/bin/true", programs / program)
+    for program in PROGRAMS:
         unit = folder / f"{program}.service"
         text = (source / unit.name).read_text()
         assert "/opt/agentqd/bin/" in text or "%h/.local/lib/agentqd/bin/" in text

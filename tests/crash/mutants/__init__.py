@@ -1,0 +1,198 @@
+"""The code, broken in one place each time: a crash test that does not notice is worth nothing.
+
+Each mutant is applied to a copy of the source tree; the cheapest test that must catch it is run there and must fail.
+`python -m crash.mutants [NAME ...]` (in tests/) runs them by hand; test_mutants.py in the suite.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str  # the test in tests/crash that must fail
+
+
+MUTANTS = (
+    Mutant(
+        "commits are not synced",
+        "agentqd/storage/journal.py",
+        "PRAGMA synchronous=FULL",
+        "PRAGMA synchronous=OFF",
+        "test_order.py::test_each_step_waits_for_the_one_before",
+    ),
+    Mutant(
+        "a submit is answered before its commit",
+        "agentqd/control/submit.py",
+        "        outcome = await room.box.journal.commit(lambda tx: _decide(tx, room, candidate))\n",
+        "        room.box.journal.submit(lambda tx: _decide(tx, room, candidate))\n"
+        "        outcome = Accepted(candidate.new.id, 0, next(iter(WAITING_STATES)))\n",
+        "test_order.py::test_a_submit_is_answered_after_its_commit",
+    ),
+    Mutant(
+        "the position is committed before its tasks",
+        "agentqd/loops/intake.py",
+        '        failpoint("lines_decided")\n        try:\n',
+        '        failpoint("lines_decided")\n        try:\n'
+        "            await self.box.journal.commit(lambda tx: sources.save(tx, chunk.positions, chunk.dropped))\n",
+        "test_edges.py::test_edge_04_killed_at_the_writes_of_the_first_commits",
+    ),
+    Mutant(
+        "Run is sent before the claim is durable",
+        "agentqd/loops/scheduling.py",
+        "            tx.after_commit(lambda: self._on_claims(claims))\n",
+        "            box.journal._loop.call_soon_threadsafe(self._on_claims, claims)\n",
+        "test_order.py::test_each_step_waits_for_the_one_before",
+    ),
+    Mutant(
+        "result files are not synced",
+        "agentqd/loops/evidence.py",
+        "        os.fsync(descriptor)\n        return Artifact(",
+        "        return Artifact(",
+        "test_order.py::test_each_step_waits_for_the_one_before",
+    ),
+    Mutant(
+        "Forget is sent before the end is durable",
+        "agentqd/loops/supervision.py",
+        "        future = self.box.journal.submit(unit)\n        future.add_done_callback(lambda done: self._finished(done, ready))\n",
+        "        for end in ready:\n            self._forget(end.task_id, end.attempt)\n"
+        "        future = self.box.journal.submit(unit)\n        future.add_done_callback(lambda done: self._finished(done, ready))\n",
+        "test_order.py::test_each_step_waits_for_the_one_before",
+    ),
+    Mutant(
+        "completions are marked before they are appended",
+        "agentqd/loops/delivery.py",
+        "        try:\n            outcomes = await self._deliver(batch)\n",
+        "        said = [Delivered(position=row.entry_seq) for row in batch]\n"
+        "        early = [self._mark(row, outcome, 0) for row, outcome in zip(batch, said)]\n"
+        "        await self.box.journal.commit(lambda tx: self._record(tx, batch, said, early))\n"
+        "        try:\n            outcomes = await self._deliver(batch)\n",
+        "test_order.py::test_each_step_waits_for_the_one_before",
+    ),
+    Mutant(
+        "completions are marked before they are synced",
+        "agentqd/sinks/appendlog.py",
+        "                os.fdatasync(self._fd)  # before any answer (crash state 22)\n",
+        "",
+        "test_order.py::test_each_step_waits_for_the_one_before",
+    ),
+    Mutant(
+        "what is in completions is not read back",
+        "agentqd/loops/delivery.py",
+        "            if found:\n",
+        "            if not found:\n",
+        "test_edges.py::test_edges_21_to_23_a_result_is_in_completions_once[receiver_answered]",
+    ),
+    Mutant(
+        "a torn tail is not cut",
+        "agentqd/sinks/appendlog.py",
+        "        cut = not self._looked and not whole and self._lines.ours(fragment)\n",
+        "        cut = False\n",
+        "test_edges.py::test_edge_22_a_torn_line_is_cut_and_sent_again_under_its_id",
+    ),
+    Mutant(
+        "dedupe is skipped",
+        "agentqd/loops/admission.py",
+        "        existing = self._known.get(item.new.id)\n",
+        "        existing = None\n",
+        "test_edges.py::test_edge_04_the_same_lines_again_are_duplicates_not_tasks",
+    ),
+    Mutant(
+        "started is not exclusive",
+        "agentqd/supervisor/folder.py",
+        '    create_file_at("started", folder.fd, msgspec.json.encode(started) + b"\\n")\n',
+        '    fd = os.open("started", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=folder.fd)\n'
+        '    os.write(fd, msgspec.json.encode(started) + b"\\n")\n    os.close(fd)\n',
+        "test_edges.py::test_edge_09_started_is_made_once_whoever_tries",
+    ),
+    Mutant(
+        "started comes after the fork",
+        "agentqd/supervisor/attempts.py",
+        "            mark_started(folder, Started(context.instance, context.boot_id, self.started_at))\n",
+        "            context.after(0.0, lambda: mark_started(folder, Started(context.instance, context.boot_id, self.started_at)))\n",
+        "test_order.py::test_each_step_waits_for_the_one_before",
+    ),
+    Mutant(
+        "exit.json comes before the tree is gone",
+        "agentqd/supervisor/ending.py",
+        "        if self._owner.ended and not members:\n            self._finish()\n        elif self._phase is _Phase.ALIVE:",
+        "        if self._owner.ended:\n            self._finish()\n        elif self._phase is _Phase.ALIVE:",
+        "test_edges.py::test_edge_13_exit_json_is_written_only_when_the_whole_tree_is_gone",
+    ),
+    Mutant(
+        "a claim that was not sent is lost",
+        "agentqd/loops/reconcile.py",
+        "            supervision.launch(Claim(task, spec, prompt))\n",
+        "            lost.append(row)\n",
+        "test_edges.py::test_edge_06_a_durable_claim_that_was_not_sent_is_sent_again",
+    ),
+    Mutant(
+        "whoever started and left no exit.json runs again",
+        "agentqd/loops/reconcile.py",
+        "            lost.append(row)\n",
+        "            await box.journal.commit(lambda tx, row=row: withdraw_claim(tx, box, row[0]))\n"
+        '            __import__("shutil").rmtree(box.folders.attempt(task.id, task.attempt))\n',
+        "test_edges.py::test_edge_11_a_worker_whose_supervisor_died_is_ended_and_lost",
+    ),
+)
+
+
+def copy_tree(to: Path) -> None:
+    """What the tests need, without what they have left behind."""
+    unwanted = shutil.ignore_patterns("__pycache__", ".hypothesis", "*.trace")
+    for name in ("agentqd", "tests"):
+        shutil.copytree(ROOT / name, to / name, ignore=unwanted)
+    shutil.copy(ROOT / "pyproject.toml", to)
+
+
+def run_mutant(mutant: Mutant, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Break a copy, run the test in it."""
+    copy_tree(folder)
+    path = folder / mutant.file
+    text = path.read_text()
+    assert text.count(mutant.old) == 1, (
+        f"{mutant.file} has changed: {mutant.name} finds its place {text.count(mutant.old)} times"
+    )
+    path.write_text(text.replace(mutant.old, mutant.new))
+    return run_test(mutant.test, folder)
+
+
+def run_test(test: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """pytest, with the daemon and the supervisor from this copy too (PYTHONPATH)."""
+    options = [
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:randomly",
+        "--tb=line",
+        f"--basetemp={folder}/tmp",
+    ]
+    command = [sys.executable, "-m", "pytest", *options, f"tests/crash/{test}"]
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(folder),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "AGENTQD_CRASH_WAIT_S": "6",
+    }
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=150, check=False
+    )
+
+
+def was_caught(done: subprocess.CompletedProcess[str]) -> bool:
+    """The test ran and failed; anything else (it passed, or it was not found) is not a catch."""
+    return done.returncode == 1 and "1 failed" in done.stdout
