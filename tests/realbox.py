@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-WAIT_S = 30.0
+WAIT_S = float(
+    os.environ.get("AGENTQD_TEST_WAIT_S", "30")
+)  # the mutants of crash/ are not waited for so long
 
 
 def wait_for(what: str, look: Callable[[], T], wait_s: float = WAIT_S) -> T:
@@ -65,10 +67,14 @@ class RealBox:
         command += ["--state-dir", str(self.state), "--runtime-dir", str(self.runtime)]
         if self.config.exists():
             command += ["--config", str(self.config)]
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("AGENTQ", "NOTIFY_"))}
+        clean = {
+            name: value for name, value in os.environ.items() if not name.startswith(("AGENTQ", "NOTIFY_"))
+        }
         before = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
-            self.daemon = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**clean, **self.env})
+            self.daemon = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**clean, **self.env}
+            )
         if wait:
             wait_for("the daemon's start", lambda: self._ready(before))
         return self
@@ -76,7 +82,9 @@ class RealBox:
     def _ready(self, before: int) -> bool:
         assert self.daemon is not None
         if self.daemon.poll() is not None:
-            raise AssertionError(f"the daemon ended with {self.daemon.returncode}:\n{self.log_text()[-3000:]}")
+            raise AssertionError(
+                f"the daemon ended with {self.daemon.returncode}:\n{self.log_text()[-3000:]}"
+            )
         return '"event":"started"' in self.log_text()[before:]
 
     def daemon_pid(self) -> int:
@@ -156,7 +164,9 @@ class RealBox:
     def completions(self) -> list[dict[str, Any]]:
         """Every whole line, in order, of all completion files."""
         lines: list[dict[str, Any]] = []
-        rotated = sorted(self.state.glob("completions-*.jsonl"), key=lambda path: int(path.stem.split("-")[1]))
+        rotated = sorted(
+            self.state.glob("completions-*.jsonl"), key=lambda path: int(path.stem.split("-")[1])
+        )
         for path in [*rotated, self.state / "completions.jsonl"]:
             if path.exists():
                 text = path.read_bytes()
@@ -239,10 +249,28 @@ class RealBox:
         assert done.stdout, done.stderr
         return json.loads(done.stdout)
 
-    def ctl(self, *words: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
+    def ctl(
+        self, *words: str, stdin: bytes = b"", env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[bytes]:
         """Run agentqctl for real."""
-        command = [sys.executable, "-m", "agentqd.cli.main", "--state-dir", str(self.state), "--runtime-dir", str(self.runtime), *words]
-        return subprocess.run(command, input=stdin, capture_output=True, timeout=120, check=False, env={**os.environ, **(env or {})})
+        command = [
+            sys.executable,
+            "-m",
+            "agentqd.cli.main",
+            "--state-dir",
+            str(self.state),
+            "--runtime-dir",
+            str(self.runtime),
+            *words,
+        ]
+        return subprocess.run(
+            command,
+            input=stdin,
+            capture_output=True,
+            timeout=120,
+            check=False,
+            env={**os.environ, **(env or {})},
+        )
 
 
 @contextlib.contextmanager

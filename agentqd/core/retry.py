@@ -7,6 +7,7 @@ from typing import Final
 import msgspec
 
 from agentqd.core.lifecycle import Result
+from agentqd.core.limits import RETRY_AFTER_MAX_S
 from agentqd.core.units import Backoff
 
 RETRIED_RESULTS: Final = frozenset({Result.FAILED, Result.TIMEOUT, Result.SPAWN_FAILED, Result.NO_WORK})
@@ -33,7 +34,7 @@ def wait_s(backoff: Backoff, failures: int, max_s: float = TASK_BACKOFF_MAX_S) -
 
 
 def next_try_s(schedule: Schedule, failures: int, draw: float, retry_after_s: float | None) -> float:
-    """Seconds until an outbox row's next try. `draw` in [0, 1) is the jitter's random number; Retry-After is a floor."""
+    """Seconds until an outbox row's next try. `draw` in [0, 1) is the jitter's random number; Retry-After is a floor, up to a day."""
     base = wait_s(Backoff(schedule.steps_s, doubles=schedule.doubles), failures, schedule.max_s)
     jittered = base * (1 + JITTER * draw)
-    return max(jittered, retry_after_s or 0.0)
+    return max(jittered, min(retry_after_s or 0.0, RETRY_AFTER_MAX_S))  # jittered first: NaN never wins

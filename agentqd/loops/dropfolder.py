@@ -260,7 +260,7 @@ def _self_address_problem(item: Handed, box: Box, task: TaskRow, attempt: int) -
             return "malformed: attachments is not a list of paths"
         folder = box.folders.attempt(task.id, attempt)
         for path in attachments:
-            real = os.path.realpath(os.path.join(f"{folder}/outbox", path))
+            real = "" if "\0" in path else os.path.realpath(os.path.join(f"{folder}/outbox", path))
             if not real.startswith((f"{folder}/outbox/", f"{folder}/work/")):
                 return f"malformed: the attachment {path[:120]!r} lies outside the drop and output folders"
     return None

@@ -85,8 +85,14 @@ class Link(asyncio.Protocol):
         self._closed = asyncio.Event()
         self._buffer.clear()
         self.refusal = None
-        async with asyncio.timeout(10):
-            await loop.create_unix_connection(lambda: self, self._box.folders.supervisor_socket)
+        folder, name = os.path.split(self._box.folders.supervisor_socket)
+        # Entered by descriptor, so that a long path does not hit the kernel's 107 bytes.
+        folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            async with asyncio.timeout(10):
+                await loop.create_unix_connection(lambda: self, f"/proc/self/fd/{folder_fd}/{name}")
+        finally:
+            os.close(folder_fd)
         assert self._transport is not None
         hello = wire.Hello(wire.PROTOCOL, self._box.journal.epoch, self._box.state_id, os.getpid())
         self._transport.write(wire.encode(hello))

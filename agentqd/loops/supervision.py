@@ -313,12 +313,15 @@ class Supervision:
         ready = [await self._with_check(end) for end in collected]
         failpoint("evidence_durable")
 
+        self._record_ends(ready)
+
+    def _record_ends(self, ends: list[AttemptEnd]) -> None:
         def unit(tx: Transaction) -> None:
-            for end in ready:
+            for end in ends:
                 finish_attempt(tx, self.box, end)
 
         future = self.box.journal.submit(unit)
-        future.add_done_callback(lambda done: self._finished(done, ready))
+        future.add_done_callback(lambda done: self._finished(done, ends))
 
     def _left_nothing(self, item: wire.Exited | AttemptEnd) -> bool:
         """No output and empty folders: there is nothing to read or fsync, and no thread to be asked for it."""
@@ -407,7 +410,11 @@ class Supervision:
 
     def _finished(self, done: asyncio.Future[Any], ends: list[AttemptEnd]) -> None:
         self._unit_done(done)
-        if done.cancelled() or done.exception() is not None:
+        error = None if done.cancelled() else done.exception()
+        if done.cancelled() or isinstance(error, JournalError):
+            return
+        if error is not None:
+            self._record_apart(ends, error)
             return
         failpoint("end_recorded")
         for end in ends:
@@ -420,6 +427,15 @@ class Supervision:
                     self.inotify.remove(end.task_id)
             if end.exited is None or end.exited.instance:
                 self._forget(end.task_id, end.attempt)
+
+    def _record_apart(self, ends: list[AttemptEnd], error: BaseException) -> None:
+        """An end that breaks this program costs itself only: the others are recorded without it, it ends as failed."""
+        if len(ends) > 1:
+            for end in ends:
+                self._record_ends([end])
+        elif ends[0].failed_reason is None:
+            reason = ("internal_error", f"agentqd failed on this end: {error!r}; please report it"[:400])
+            self._record_ends([msgspec.structs.replace(ends[0], seen=None, handed=[], failed_reason=reason)])
 
     def _forget(self, task_id: str, attempt: int) -> None:
         with contextlib.suppress(SupervisorUnavailable):  # told again at the next Welcome

@@ -22,6 +22,11 @@ _NO_RENAMEAT2 = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP})
 _renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
 
 
+def printable_name(name: str) -> str:
+    """A file's name as a record can hold it: bytes that are not UTF-8 stand as \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def fsync_folder(path: str) -> None:
     """The names in this folder are durable when it returns."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -10,12 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from realbox import RealBox, wait_for
+from realbox import WAIT_S, RealBox, wait_for
 
 from agentqd.storage.transaction import event_hash
-
-
-WAIT_S = float(os.environ.get("AGENTQD_CRASH_WAIT_S", "60"))  # mutants are not waited for so long
 
 
 @contextmanager
@@ -46,7 +43,7 @@ def at_rest(box: RealBox, *names: str) -> bool:
     return open_tasks == [(0,)] and open_rows == [(0,)]
 
 
-def wait_until_at_rest(box: RealBox, *names: str, wait_s: float = WAIT_S) -> None:
+def wait_until_at_rest(box: RealBox, *names: str, wait_s: float = 2 * WAIT_S) -> None:
     try:
         wait_for("every task finished and every row delivered", lambda: at_rest(box, *names), wait_s)
     except AssertionError as error:

@@ -187,8 +187,6 @@ def test_a_ready_task_that_nobody_starts_alerts(make_box: MakeBox) -> None:
     alert = wait_for("the alert", lambda: box.alerts("oldest_queued"))[0]
     assert alert["task"] == "stays"
     assert box.show("stays")["waiting_for"]["reason"] == "no_supervisor"
-    (box.runtime / "supervisor.log").rmdir()
-    assert box.result("stays")["status"] == "success"
 
 
 @pytest.mark.row(58)

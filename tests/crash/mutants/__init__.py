@@ -23,6 +23,7 @@ class Mutant:
     old: str
     new: str
     test: str  # the test in tests/crash that must fail
+    says: str  # and with these words: a test that fails for another reason has caught nothing
 
 
 MUTANTS = (
@@ -32,6 +33,7 @@ MUTANTS = (
         "PRAGMA synchronous=FULL",
         "PRAGMA synchronous=OFF",
         "test_order.py::test_each_step_waits_for_the_one_before",
+        "before the fdatasync of the log",
     ),
     Mutant(
         "a submit is answered before its commit",
@@ -40,6 +42,7 @@ MUTANTS = (
         "        room.box.journal.submit(lambda tx: _decide(tx, room, candidate))\n"
         "        outcome = Accepted(candidate.new.id, 0, next(iter(WAITING_STATES)))\n",
         "test_order.py::test_a_submit_is_answered_after_its_commit",
+        "the answer",
     ),
     Mutant(
         "the position is committed before its tasks",
@@ -48,6 +51,7 @@ MUTANTS = (
         '        failpoint("lines_decided")\n        try:\n'
         "            await self.box.journal.commit(lambda tx: sources.save(tx, chunk.positions, chunk.dropped))\n",
         "test_edges.py::test_edge_04_killed_at_the_writes_of_the_first_commits",
+        "waited",
     ),
     Mutant(
         "Run is sent before the claim is durable",
@@ -55,6 +59,7 @@ MUTANTS = (
         "            tx.after_commit(lambda: self._on_claims(claims))\n",
         "            box.journal._loop.call_soon_threadsafe(self._on_claims, claims)\n",
         "test_order.py::test_each_step_waits_for_the_one_before",
+        "Run",
     ),
     Mutant(
         "result files are not synced",
@@ -62,24 +67,27 @@ MUTANTS = (
         "        os.fsync(descriptor)\n        return Artifact(",
         "        return Artifact(",
         "test_order.py::test_each_step_waits_for_the_one_before",
+        "was not synced",
     ),
     Mutant(
         "Forget is sent before the end is durable",
         "agentqd/loops/supervision.py",
-        "        future = self.box.journal.submit(unit)\n        future.add_done_callback(lambda done: self._finished(done, ready))\n",
-        "        for end in ready:\n            self._forget(end.task_id, end.attempt)\n"
-        "        future = self.box.journal.submit(unit)\n        future.add_done_callback(lambda done: self._finished(done, ready))\n",
+        '        failpoint("evidence_durable")\n',
+        '        failpoint("evidence_durable")\n'
+        "        for end in ready:\n            self._forget(end.task_id, end.attempt)\n",
         "test_order.py::test_each_step_waits_for_the_one_before",
+        "Forget",
     ),
     Mutant(
         "completions are marked before they are appended",
         "agentqd/loops/delivery.py",
-        "        try:\n            outcomes = await self._deliver(batch)\n",
+        '        failpoint("send_begun")\n',
+        '        failpoint("send_begun")\n'
         "        said = [Delivered(position=row.entry_seq) for row in batch]\n"
         "        early = [self._mark(row, outcome, 0) for row, outcome in zip(batch, said)]\n"
-        "        await self.box.journal.commit(lambda tx: self._record(tx, batch, said, early))\n"
-        "        try:\n            outcomes = await self._deliver(batch)\n",
+        "        await self.box.journal.commit(lambda tx: self._record(tx, batch, said, early))\n",
         "test_order.py::test_each_step_waits_for_the_one_before",
+        "the mark was written before",
     ),
     Mutant(
         "completions are marked before they are synced",
@@ -87,6 +95,7 @@ MUTANTS = (
         "                os.fdatasync(self._fd)  # before any answer (crash state 22)\n",
         "",
         "test_order.py::test_each_step_waits_for_the_one_before",
+        "completions.jsonl was not synced",
     ),
     Mutant(
         "what is in completions is not read back",
@@ -94,6 +103,7 @@ MUTANTS = (
         "            if found:\n",
         "            if not found:\n",
         "test_edges.py::test_edges_21_to_23_a_result_is_in_completions_once[receiver_answered]",
+        "more than once",
     ),
     Mutant(
         "a torn tail is not cut",
@@ -101,6 +111,7 @@ MUTANTS = (
         "        cut = not self._looked and not whole and self._lines.ours(fragment)\n",
         "        cut = False\n",
         "test_edges.py::test_edge_22_a_torn_line_is_cut_and_sent_again_under_its_id",
+        "",
     ),
     Mutant(
         "dedupe is skipped",
@@ -108,6 +119,7 @@ MUTANTS = (
         "        existing = self._known.get(item.new.id)\n",
         "        existing = None\n",
         "test_edges.py::test_edge_04_the_same_lines_again_are_duplicates_not_tasks",
+        "",
     ),
     Mutant(
         "started is not exclusive",
@@ -116,6 +128,7 @@ MUTANTS = (
         '    fd = os.open("started", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=folder.fd)\n'
         '    os.write(fd, msgspec.json.encode(started) + b"\\n")\n    os.close(fd)\n',
         "test_edges.py::test_edge_09_started_is_made_once_whoever_tries",
+        "",
     ),
     Mutant(
         "started comes after the fork",
@@ -123,6 +136,7 @@ MUTANTS = (
         "            mark_started(folder, Started(context.instance, context.boot_id, self.started_at))\n",
         "            context.after(0.0, lambda: mark_started(folder, Started(context.instance, context.boot_id, self.started_at)))\n",
         "test_order.py::test_each_step_waits_for_the_one_before",
+        "started",
     ),
     Mutant(
         "exit.json comes before the tree is gone",
@@ -130,6 +144,7 @@ MUTANTS = (
         "        if self._owner.ended and not members:\n            self._finish()\n        elif self._phase is _Phase.ALIVE:",
         "        if self._owner.ended:\n            self._finish()\n        elif self._phase is _Phase.ALIVE:",
         "test_edges.py::test_edge_13_exit_json_is_written_only_when_the_whole_tree_is_gone",
+        "while processes of the tree lived",
     ),
     Mutant(
         "a claim that was not sent is lost",
@@ -137,6 +152,7 @@ MUTANTS = (
         "            supervision.launch(Claim(task, spec, prompt))\n",
         "            lost.append(row)\n",
         "test_edges.py::test_edge_06_a_durable_claim_that_was_not_sent_is_sent_again",
+        "lost",
     ),
     Mutant(
         "whoever started and left no exit.json runs again",
@@ -145,6 +161,7 @@ MUTANTS = (
         "            await box.journal.commit(lambda tx, row=row: withdraw_claim(tx, box, row[0]))\n"
         '            __import__("shutil").rmtree(box.folders.attempt(task.id, task.attempt))\n',
         "test_edges.py::test_edge_11_a_worker_whose_supervisor_died_is_ended_and_lost",
+        "",
     ),
 )
 
@@ -178,7 +195,7 @@ def run_test(test: str, folder: Path) -> subprocess.CompletedProcess[str]:
         "no:cacheprovider",
         "-p",
         "no:randomly",
-        "--tb=line",
+        "--tb=short",
         f"--basetemp={folder}/tmp",
     ]
     command = [sys.executable, "-m", "pytest", *options, f"tests/crash/{test}"]
@@ -186,13 +203,13 @@ def run_test(test: str, folder: Path) -> subprocess.CompletedProcess[str]:
         **os.environ,
         "PYTHONPATH": str(folder),
         "PYTHONDONTWRITEBYTECODE": "1",
-        "AGENTQD_CRASH_WAIT_S": "6",
+        "AGENTQD_TEST_WAIT_S": "5",
     }
     return subprocess.run(
         command, cwd=folder, env=env, capture_output=True, text=True, timeout=150, check=False
     )
 
 
-def was_caught(done: subprocess.CompletedProcess[str]) -> bool:
-    """The test ran and failed; anything else (it passed, or it was not found) is not a catch."""
-    return done.returncode == 1 and "1 failed" in done.stdout
+def was_caught(mutant: Mutant, done: subprocess.CompletedProcess[str]) -> bool:
+    """The test ran and failed as it should; anything else (it passed, it was not found, it could not begin) is no catch."""
+    return done.returncode == 1 and "1 failed" in done.stdout and mutant.says in done.stdout

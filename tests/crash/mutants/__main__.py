@@ -15,9 +15,9 @@ def main() -> int:
     missed = 0
     for mutant in chosen:
         began = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            done = run_mutant(mutant, Path(folder) / "tree")
-        caught = was_caught(done)
+        with tempfile.TemporaryDirectory(prefix="m-") as folder:
+            done = run_mutant(mutant, Path(folder))
+        caught = was_caught(mutant, done)
         missed += not caught
         print(
             f"{'caught' if caught else 'MISSED':7} {time.monotonic() - began:5.1f} s  {mutant.name}  ({mutant.test})",

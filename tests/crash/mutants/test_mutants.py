@@ -20,4 +20,6 @@ def test_the_copy_passes_before_it_is_broken(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_mutant_is_caught(mutant: Mutant, tmp_path: Path) -> None:
     done = run_mutant(mutant, tmp_path / "tree")
-    assert was_caught(done), f"{mutant.name} was not caught:\n{done.stdout[-3000:]}\n{done.stderr[-1000:]}"
+    assert was_caught(mutant, done), (
+        f"{mutant.name} was not caught:\n{done.stdout[-3000:]}\n{done.stderr[-1000:]}"
+    )
