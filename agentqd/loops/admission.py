@@ -9,7 +9,7 @@ Promises:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -221,18 +221,25 @@ class _Batch:
             return _twice_in_batch(tx, item, self._inside[newest])
         if newest != item.new.id:
             existing = store.find(tx, newest) or existing
-        outcome = None if existing is None else _meet(tx, self._box, item, existing)
-        if outcome is not None:
-            return outcome
-        if item.request.after is not None or item.writes:
-            self.flush()
-            outcome = admit_entangled(tx, self._box, item)
-            if isinstance(outcome, Accepted):
-                self._inside[item.new.id] = item
-            return outcome
+        refused = existing if existing is not None and existing.result == Result.REFUSED else None
+        if existing is not None and refused is None:
+            outcome = _meet(tx, self._box, item, existing, self._inside)
+            if outcome is not None:
+                return outcome
+        if item.request.after is not None or item.writes or refused is not None:
+            return self._entangled(item, refused)
         self._inside[item.new.id] = item
         self._fresh.append((len(self.outcomes), item.new))
         return Accepted(item.new.id, 0, State.QUEUED)
+
+    def _entangled(self, item: Candidate, refused: TaskRow | None) -> Outcome:
+        self.flush()
+        outcome = admit_entangled(self._tx, self._box, item, refused)
+        if isinstance(outcome, Accepted) and outcome.state is State.FINISHED:
+            self._known[item.new.id] = store.get(self._tx, outcome.seq)  # refused: its id is free again
+        elif isinstance(outcome, Accepted):
+            self._inside[item.new.id] = item
+        return outcome
 
     def flush(self) -> None:
         seqs = store.insert_tasks(self._tx, [new for _, new in self._fresh])
@@ -243,8 +250,13 @@ class _Batch:
         self._fresh.clear()
 
 
-def admit_entangled(tx: Transaction, box: Box, item: Candidate) -> Outcome:
-    """A task that comes after others, or claims places to write: checked before anything of it starts."""
+def admit_entangled(
+    tx: Transaction, box: Box, item: Candidate, refused: TaskRow | None = None
+) -> Outcome:
+    """A task that comes after others, or claims places to write: checked before anything of it starts.
+
+    `refused`: the task that had this id before, whose row it takes over.
+    """
     request, new = item.request, item.new
     found = store.find_many(tx, request.after_list())
     missing = [name for name in request.after_list() if name not in found]
@@ -264,11 +276,11 @@ def admit_entangled(tx: Transaction, box: Box, item: Candidate) -> Outcome:
             others=[each.task_id for each in conflicts][:20],
         )
         if item.on_conflict == "refuse":
-            return _refuse_conflict(tx, box, item, conflicts)
+            return _refuse_conflict(tx, box, item, conflicts, refused)
     waits = bool(found) or (bool(conflicts) and item.on_conflict == "queue")
     if waits and new.event is not Event.ACCEPTED_BLOCKED:
         new.event, new.reason = Event.ACCEPTED_BLOCKED, DEPENDENCY if found else WRITE_CONFLICT
-    (seq,) = store.insert_tasks(tx, [new])
+    seq = _put(tx, new, refused)
     tx.executemany(
         "INSERT OR IGNORE INTO dependencies (task_seq, on_seq) VALUES (?, ?)",
         [(seq, row.seq) for row in found.values()],
@@ -293,7 +305,11 @@ def _conflict_text(name: str, conflicts: list[intents.Conflict]) -> str:
 
 
 def _refuse_conflict(
-    tx: Transaction, box: Box, item: Candidate, conflicts: list[intents.Conflict]
+    tx: Transaction,
+    box: Box,
+    item: Candidate,
+    conflicts: list[intents.Conflict],
+    refused: TaskRow | None,
 ) -> Outcome:
     """By socket: an error and no task. By file: a task that has finished, refused; its result tells of it."""
     text = _conflict_text(item.new.name, conflicts)
@@ -304,7 +320,7 @@ def _refuse_conflict(
         )
     new = item.new
     new.event, new.reason, new.detail, new.wake_at = Event.REFUSED, WRITE_CONFLICT, text, None
-    (seq,) = store.insert_tasks(tx, [new])
+    seq = _put(tx, new, refused)
     task = store.get(tx, seq)
     data = result_data(box, task, AttemptEnd(task.id, 0, item.request), None, {}, tx.now_us)
     add_result(tx, box, task, item.request, {**data, "conflicts": told})
@@ -333,12 +349,12 @@ def _conflict(item: Candidate) -> IdConflict:
     )
 
 
-def _meet(tx: Transaction, box: Box, item: Candidate, first: TaskRow) -> Outcome | None:
-    """What a candidate becomes whose id is known. None: a new task after all (its id may have changed)."""
-    if first.state is State.FINISHED and first.result == Result.REFUSED:
-        return _take_over(tx, item, first)
+def _meet(
+    tx: Transaction, box: Box, item: Candidate, first: TaskRow, inside: Container[str]
+) -> Outcome | None:
+    """What a candidate becomes whose id is known. None: a new task after all (its id has changed)."""
     if first.state is State.FINISHED and _dedup_over(tx, box, first):
-        item.new.id = _next_id(tx, item.new.id)
+        item.new.id = _next_id(tx, item.new.id, inside)
         return None
     if item.checks_content and item.new.content != first.content and not _same_without_prompt(item, first):
         return _conflict(item)
@@ -358,10 +374,11 @@ def _newest_replay(tx: Transaction, base: str) -> str:
     return base if row is None else str(row[0])
 
 
-def _next_id(tx: Transaction, base: str) -> str:
+def _next_id(tx: Transaction, base: str, inside: Container[str]) -> str:
+    """The first free one; `inside` are ids that this batch has given and not yet written."""
     row = tx.one("SELECT replays FROM ids WHERE id = ?", (base,))
     replays = (row[0] if row else 1) + 1
-    while store.find(tx, newest := _suffixed(base, replays)) is not None:
+    while (newest := _suffixed(base, replays)) in inside or store.find(tx, newest) is not None:
         replays += 1
     tx.execute(
         "INSERT INTO ids (id, newest, replays) VALUES (?, ?, ?)"
@@ -396,36 +413,58 @@ def _dedup_over(tx: Transaction, box: Box, first: TaskRow) -> bool:
     return undelivered is None and unpulled is None
 
 
-def _take_over(tx: Transaction, item: Candidate, refused: TaskRow) -> Outcome:
+def _put(tx: Transaction, new: NewTask, refused: TaskRow | None) -> int:
+    """A row of its own, or the row of the refused task whose id it has; its seq."""
+    if refused is not None:
+        return _take_over(tx, new, refused).seq
+    (seq,) = store.insert_tasks(tx, [new])
+    return seq
+
+
+def _take_over(tx: Transaction, new: NewTask, refused: TaskRow) -> TaskRow:
     """The id of a refused task is free again: the row begins a new run with what was written now."""
     moved = store.move_task(
         tx,
         refused,
         Event.RETRY_REQUESTED,
-        said=msgspec.json.decode(item.new.source),
-        name=item.new.name,
-        priority=item.new.priority,
-        runner=item.new.runner,
+        said=msgspec.json.decode(new.source),
+        name=new.name,
+        priority=new.priority,
+        runner=new.runner,
         reason=None,
         detail=None,
         run=refused.run + 1,
         run_attempts=0,
-        submitted_at=item.new.submitted_at,
+        submitted_at=new.submitted_at,
+        accepted_at=tx.now_us,
         run_at=tx.now_us,
         finished_at=None,
-        wake_at=item.new.wake_at,
-        content=item.new.content,
-        source=item.new.source,
-        spec=item.new.spec,
-        prompt=item.new.prompt,
+        wake_at=new.wake_at,
+        content=new.content,
+        source=new.source,
+        spec=new.spec,
+        prompt=new.prompt,
     )
-    if item.new.queue != moved.queue:
+    tx.execute("DELETE FROM dependencies WHERE task_seq = ?", (moved.seq,))
+    if new.queue != moved.queue:
         tx.count_task(moved.queue, moved.state.value, None, -1)
-        tx.count_task(item.new.queue, moved.state.value, None, 1)
-        tx.execute("UPDATE tasks SET queue = ? WHERE seq = ?", (item.new.queue, moved.seq))
+        tx.count_task(new.queue, moved.state.value, None, 1)
+        tx.execute("UPDATE tasks SET queue = ? WHERE seq = ?", (new.queue, moved.seq))
         moved = store.get(tx, moved.seq)
-    if item.new.event is not Event.ACCEPTED:
-        moved = store.move_task(
-            tx, moved, Event.BLOCKED, reason=item.new.reason, wake_at=item.new.wake_at or tx.now_us
+    if new.event is Event.ACCEPTED:
+        return moved
+    if new.event is Event.REFUSED:
+        return store.move_task(
+            tx,
+            moved,
+            Event.REFUSED,
+            result=Result.REFUSED.value,
+            reason=new.reason,
+            detail=new.detail,
+            finished_at=tx.now_us,
+            wake_at=None,
         )
-    return Accepted(moved.id, moved.seq, moved.state)
+    moved = store.move_task(tx, moved, Event.BLOCKED, reason=new.reason, wake_at=new.wake_at)
+    if new.event is Event.ACCEPTED_FOR_LATER:
+        return store.move_task(tx, moved, Event.UNBLOCKED_FOR_LATER, reason=None, wake_at=new.wake_at)
+    return moved

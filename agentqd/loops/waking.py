@@ -93,7 +93,7 @@ class Waker:
         times = wake_times(request, resolved, task.run_at)
         due = {what for at, what in times if at <= tx.now_us}
         after = next_wake_us(times, tx.now_us)
-        if "expires" in due and task.run == 1:
+        if "expires" in due and task.run_at == task.accepted_at:  # a person's retry beats an expiry
             finish_waiting(tx, self.box, task, Event.EXPIRED, Result.EXPIRED, "expires_at")
         elif "total_timeout" in due:
             finish_waiting(tx, self.box, task, Event.FINISHED, Result.TIMEOUT, "total_timeout")

@@ -18,7 +18,7 @@ from conftest import MakeBox
 from realbox import RealBox, alive, wait_for
 
 from crash.checker import Side, check_all, check_once, query, wait_until_at_rest
-from crash.inject import kill_at, threads_of
+from crash.inject import Strace, kill_at, threads_of
 from crash.processes import connected, daemon_died, holders, is_stopped, reap_killed, start_supervisor
 
 pytestmark = [pytest.mark.real, pytest.mark.root]
@@ -364,24 +364,24 @@ def test_edge_13_an_end_that_was_not_written_is_lost(edge: Edge, call: str) -> N
 
 
 def test_edge_13_exit_json_is_written_only_when_the_whole_tree_is_gone(edge: Edge) -> None:
+    """The supervisor is held up in the rename to exit.json: nothing of the tree may live then."""
     edge.start()
+    wait_for("a connected supervisor", lambda: connected(edge.box))
+    slow = ["-e", "trace=renameat", "-e", "inject=renameat:delay_enter=500ms:when=2"]
+    strace = Strace([edge.box.supervisor_pid()], slow, edge.box.folder / "slow")
     edge.box.append(
         edge.task(
             "(trap '' TERM; while :; do sleep 0.05; done) & setsid sh -c 'trap \"\" TERM; sleep 5' & exit 0"
         )
     )
     wait_for("the worker", lambda: edge.side.runs("t"))
-    seen: list[list[int]] = []
-
-    def ended() -> bool:
-        if not (edge.folder() / "exit.json").exists():
-            return False
-        seen.append(holders(edge.side.folder / "lock-t"))
-        return True
-
-    wait_for("exit.json", ended)
-    assert seen == [[]], "exit.json was there while processes of the tree lived"
-    assert edge.ends()["evidence"]["left_behind"]
+    wait_for("the temporary file", lambda: (edge.folder() / ".exit.json.tmp").exists())
+    living = holders(edge.side.folder / "lock-t")
+    assert not (edge.folder() / "exit.json").exists(), "too late to prove anything"
+    assert not living, "exit.json was on its way while processes of the tree lived"
+    result = edge.ends()
+    strace.detach()
+    assert result["evidence"]["left_behind"]
 
 
 def test_edge_14_an_end_on_disk_that_was_not_told_is_read_from_disk(edge: Edge) -> None:

@@ -183,6 +183,11 @@ def files_are_durable_before_the_finishing_commit(seen: Seen, result: Call) -> C
         synced = [call for call in seen.daemon if call.name in {"fsync", "fdatasync"} and path in call.text]
         assert synced, f"{path} was not synced"
         assert synced[0].ended <= finishing.began, f"{path} was synced after the finishing commit"
+    files = max(call.ended for call in seen.daemon if call.name == "fsync" and "/attempt-1" in call.text)
+    commits = [call for call in seen.daemon if syncs_wal(call) and files <= call.began < result.began]
+    assert len(commits) == 1, (
+        f"{len(commits)} commits between the files and the line: was it marked before it was written?"
+    )
     return finishing
 
 

@@ -87,7 +87,7 @@ MUTANTS = (
         "        early = [self._mark(row, outcome, 0) for row, outcome in zip(batch, said)]\n"
         "        await self.box.journal.commit(lambda tx: self._record(tx, batch, said, early))\n",
         "test_order.py::test_each_step_waits_for_the_one_before",
-        "the mark was written before",
+        "was it marked before it was written",
     ),
     Mutant(
         "completions are marked before they are synced",
