@@ -43,15 +43,17 @@ class Reload:
         """Until cancelled. Raises JournalError."""
         with contextlib.suppress(OSError, InotifyUnavailable):
             self._inotify.add(os.path.dirname(self.path), _MASK, "config")
+        look = True  # at once: an edit during start-up is seen here or by the watch
         while True:
             self.box.beat("reload")
-            hints = await self._inotify.wait(_LOOK_EVERY_S)
-            name = os.path.basename(self.path)
-            if isinstance(hints, Overflow) or not hints or any(hint.name == name for hint in hints):
+            if look:
                 await asyncio.sleep(_SETTLE_S)
                 if self._digest() != self._seen:
                     with contextlib.suppress(ConfigError):
                         await self.now()
+            hints = await self._inotify.wait(_LOOK_EVERY_S)
+            name = os.path.basename(self.path)
+            look = isinstance(hints, Overflow) or not hints or any(hint.name == name for hint in hints)
 
     def _digest(self) -> str:
         try:

@@ -289,8 +289,7 @@ class Journal:
         self.commits += 1
         self.units += len(batch)
         self._post(outcomes, after, later)
-        if self._log_frames() > _CHECKPOINT_FRAMES:
-            self._checkpoint()
+        self._checkpoint_when_long()
 
     def _begin(self) -> Transaction:
         self._connection.execute("BEGIN IMMEDIATE")
@@ -368,6 +367,15 @@ class Journal:
         if self._index < 0:
             self._index = os.open(self.path + "-shm", os.O_RDONLY | os.O_CLOEXEC)
         return int.from_bytes(os.pread(self._index, 4, 16), sys.byteorder)
+
+    def _checkpoint_when_long(self) -> None:
+        try:
+            frames = self._log_frames()
+        except OSError as error:  # no descriptor left, say: this thread must not die with units waiting
+            self._fail(error)
+            return
+        if frames > _CHECKPOINT_FRAMES:
+            self._checkpoint()
 
     def _checkpoint_when_idle(self) -> None:
         if self._error is None:

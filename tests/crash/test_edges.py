@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,10 @@ def test_edge_03_lines_read_and_decided_but_not_committed_are_read_again(edge: E
     assert len(edge.event("accepted")) == 1
 
 
+def has_journal_thread(pid: int) -> bool:
+    return len(threads_of(pid)) > JOURNAL_THREAD
+
+
 @pytest.mark.parametrize("call", ["pwrite64", "fdatasync"])
 def test_edge_04_killed_at_the_writes_of_the_first_commits(edge: Edge, call: str) -> None:
     """The tasks and the position are one commit: neither is there without the other. (A commit counts, after a SIGKILL,
@@ -150,7 +155,7 @@ def test_edge_04_killed_at_the_writes_of_the_first_commits(edge: Edge, call: str
         edge.start()
         pid = edge.box.daemon_pid()
         wait_for("a connected supervisor", lambda: connected(edge.box))
-        wait_for("the threads", lambda: len(threads_of(pid)) > JOURNAL_THREAD)
+        wait_for("the threads", partial(has_journal_thread, pid))
         strace = kill_at([threads_of(pid)[JOURNAL_THREAD]], call, when, edge.box.folder / "kill")
         name = f"t{when}"
         edge.box.append({"task": name, "id": name, "prompt": edge.side.script(name, WORK)})
@@ -188,7 +193,7 @@ def test_edge_05_a_queued_task_is_claimed_after_a_kill(edge: Edge) -> None:
     edge.box.kill()
     first = edge.box.attempt_folder("first")
     (first / "work" / "go").touch()
-    wait_for("the first's end", lambda: (first / "exit.json").exists())
+    wait_for("the first's end", (first / "exit.json").exists)
     edge.start()
     edge.ends_well()
 
@@ -313,7 +318,7 @@ def test_edge_11_a_worker_that_ends_while_the_daemon_is_away_keeps_its_true_end(
     wait_for("the worker", lambda: edge.side.runs("t"))
     edge.box.kill()
     (edge.folder() / "work" / "go").touch()
-    wait_for("its end", lambda: (edge.folder() / "exit.json").exists())
+    wait_for("its end", (edge.folder() / "exit.json").exists)
     edge.start()
     result = edge.ends()
     assert (result["status"], result["exit_code"]) == ("failed", 7)
@@ -375,7 +380,7 @@ def test_edge_13_exit_json_is_written_only_when_the_whole_tree_is_gone(edge: Edg
         )
     )
     wait_for("the worker", lambda: edge.side.runs("t"))
-    wait_for("the temporary file", lambda: (edge.folder() / ".exit.json.tmp").exists())
+    wait_for("the temporary file", (edge.folder() / ".exit.json.tmp").exists)
     living = holders(edge.side.folder / "lock-t")
     assert not (edge.folder() / "exit.json").exists(), "too late to prove anything"
     assert not living, "exit.json was on its way while processes of the tree lived"
@@ -399,7 +404,7 @@ def test_edge_15_a_file_that_is_still_written_is_not_taken(edge: Edge) -> None:
     edge.start()
     script = "exec 8> $AGENTQ_OUTBOX/slow.json; printf '{\"a\"' >&8; touch here; while [ ! -e go ]; do sleep 0.02; done; printf ': 1}' >&8; exec 8>&-"
     edge.box.append(edge.task(script))
-    wait_for("the half file", lambda: (edge.folder() / "work" / "here").exists())
+    wait_for("the half file", (edge.folder() / "work" / "here").exists)
     edge.box.kill()
     edge.start()
     wait_for("the adoption", lambda: any(event["adopted"] for event in edge.box.events("reconciled")))
@@ -419,7 +424,7 @@ def test_edge_16_a_file_handed_over_while_the_daemon_was_away_is_taken_at_its_st
     os.kill(edge.box.daemon_pid(), signal.SIGCONT)
     wait_for("the worker", lambda: edge.side.runs("t"))
     edge.box.kill()
-    wait_for("the end", lambda: (edge.folder() / "exit.json").exists())
+    wait_for("the end", (edge.folder() / "exit.json").exists)
     edge.start()
     edge.ends_well()
 

@@ -393,30 +393,43 @@ def supervisor_job(
     check: Callable[[Victim, str, bool], None],
 ) -> Callable[[Victim], None]:
     def job(victim: Victim) -> None:
-        box, when, killed = victim.box, first, True
-        while killed:
-            wait_for("a connected supervisor", lambda: connected(box))
-            pid = box.supervisor_pid()
-            strace = kill_at([pid], call, when, box.folder / "kill")
-            name = append(victim)
-            wait_for("the kill, or the end", lambda: is_gone(pid) or at_rest(box, name), 60)
-            if not is_gone(pid) and wait_calm(box):
-                strace.detach()
-            killed = is_gone(pid)
-            strace.wait()
-            try:
-                check(victim, name, killed)
-            except AssertionError as error:
-                log = (box.runtime / "supervisor.log").read_text()[-3000:]
-                raise AssertionError(
-                    f"supervisor killed at {call} {when}: {error}\n{box.log_text()[-5000:]}\n{log}"
-                ) from error
-            if killed:
-                tally.count(call)
+        when = first
+        while kill_supervisor_once(victim, call, when, append, check):
+            tally.count(call)
             when += step
             assert when < AT_ONCE_MAX
 
     return job
+
+
+def kill_supervisor_once(
+    victim: Victim,
+    call: str,
+    when: int,
+    append: Callable[[Victim], str],
+    check: Callable[[Victim, str, bool], None],
+) -> bool:
+    """One run. False: it was over before the N-th call."""
+    box = victim.box
+    wait_for("a connected supervisor", lambda: connected(box))
+    pid = box.supervisor_pid()
+    strace = kill_at([pid], call, when, box.folder / "kill")
+    name = append(victim)
+    wait_for("the kill, or the end", lambda: is_gone(pid) or at_rest(box, name), 60)
+    if not is_gone(pid) and wait_calm(box):
+        strace.detach()
+    killed = is_gone(pid)
+    strace.wait()
+    if killed:
+        assert any("killed by SIGKILL" in line for line in strace.lines()), strace.lines()[-3:]
+    try:
+        check(victim, name, killed)
+    except AssertionError as error:
+        log = (box.runtime / "supervisor.log").read_text()[-3000:]
+        raise AssertionError(
+            f"supervisor killed at {call} {when}: {error}\n{box.log_text()[-5000:]}\n{log}"
+        ) from error
+    return killed
 
 
 def check_lost(victim: Victim, name: str, killed: bool, on_lost: str) -> None:

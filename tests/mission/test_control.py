@@ -156,7 +156,8 @@ def test_a_queue_paused_by_the_config_starts_nothing_until_the_config_says_so(ma
 
 @pytest.mark.row(17)
 def test_a_draining_daemon_takes_nothing_over_the_socket_and_starts_nothing(box: RealBox) -> None:
-    box.submit(task="runs", id="runs", prompt="sleep 0.5; echo x")
+    box.submit(task="runs", id="runs", prompt="sleep 1; echo x")
+    box.wait_state("runs", "running")
     assert box.ctl("drain").returncode == 0
     refused = box.ctl("submit", "--json", "echo x")
     assert (refused.returncode, json.loads(refused.stdout)["error"]) == (75, "refused_for_now")
@@ -213,12 +214,13 @@ def test_the_doctor_finds_a_healthy_box_healthy_and_metrics_count(box: RealBox) 
 def test_a_disk_that_fills_stops_intake_loudly_and_delivery_goes_on(make_box: MakeBox, tmp_path: Path) -> None:
     box = make_box("limits: {disk_free_min: 4MiB, reserve_bytes: 1MiB, rescan_every: 200ms}\n", start=False)
     box.state.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "agentqd-test", str(box.state)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m", "agentqd-test", str(box.state)], check=True)
     try:
         box.start()
         box.append({"task": "runs", "id": "runs", "prompt": f"while ! [ -e {tmp_path}/go ]; do sleep 0.02; done; echo x"})
         box.wait_state("runs", "running")
-        (box.state / "filler").write_bytes(b"x" * 13 * 2**20)
+        free = box.status()["disk"]["free_bytes"]
+        (box.state / "filler").write_bytes(b"x" * (free - 3 * 2**20))
         wait_for("the alert", lambda: box.alerts("disk_low"))
         assert box.status()["disk"]["intake_stopped"] is True
         refused = box.ctl("submit", "--json", "echo x")

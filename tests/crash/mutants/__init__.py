@@ -147,6 +147,22 @@ MUTANTS = (
         "while processes of the tree lived",
     ),
     Mutant(
+        "an end is told before exit.json is there",
+        "agentqd/supervisor/registry.py",
+        "        if folder is not None and not self._write(exited, folder):\n",
+        "        if folder is not None and not self._context.after(0.05, lambda: self._write(exited, folder)):\n",
+        "test_order.py::test_each_step_waits_for_the_one_before",
+        "exit.json",
+    ),
+    Mutant(
+        "a result is sent before its commit",
+        "agentqd/loops/delivery.py",
+        "            tx.after_commit(lambda: self._offer(given, fresh))\n",
+        "            self.box.journal._loop.call_soon_threadsafe(self._offer, given, fresh)\n",
+        "test_order.py::test_each_step_waits_for_the_one_before",
+        "the result's line",
+    ),
+    Mutant(
         "a claim that was not sent is lost",
         "agentqd/loops/reconcile.py",
         "            supervision.launch(Claim(task, spec, prompt))\n",
