@@ -118,10 +118,15 @@ class RealBox:
     def __exit__(self, *_: object) -> None:
         """End everything that carries this state folder's marker, by pid."""
         self.kill()
-        for pid in self._ours():
+        wait_for("the end of every process of this box", lambda: not self._end_ours())
+
+    def _end_ours(self) -> list[int]:
+        """Again and again: a supervisor that a daemon had just forked is known as one only after its exec."""
+        found = self._ours()
+        for pid in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        wait_for("the end of every process of this box", lambda: not self._ours())
+        return found
 
     def _ours(self) -> list[int]:
         found = []

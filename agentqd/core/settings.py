@@ -6,6 +6,7 @@ Reading a file, line numbers and nearest names are `storage.configfile`'s job; r
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Literal
 
@@ -204,6 +205,7 @@ class Settings(Strict, frozen=True):
     log: Log = Log()
 
 
+@functools.cache
 def slots_default() -> int:
     """Workers at once when nobody says: the CPUs this process may use, at least 4."""
     return max(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 4)

@@ -148,7 +148,9 @@ def _explain(raw: bytes, error: Exception) -> InvalidTask:
 
 
 def unknown_field(name: str, known: tuple[str, ...], inside: str | None = None) -> InvalidTask:
-    name = name[:80].encode("utf-8", "backslashreplace").decode()  # JSON can name what UTF-8 cannot (a lone surrogate)
+    name = (
+        name[:80].encode("utf-8", "backslashreplace").decode()
+    )  # JSON can name what UTF-8 cannot (a lone surrogate)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else f"; known fields: {', '.join(known)}"
     where = f" in {inside}" if inside else ""

@@ -93,7 +93,9 @@ def parse_duration(value: object) -> Duration:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"a duration is like 45m, 10s or a number of seconds, not {_shown(value)}")
     seconds = _duration_text(value.strip()) if isinstance(value, str) else value
-    if not 0 <= seconds <= DURATION_MAX_S:  # NaN fails this too; an int of any length is compared before it is a float
+    if (
+        not 0 <= seconds <= DURATION_MAX_S
+    ):  # NaN fails this too; an int of any length is compared before it is a float
         raise ValueError(f"a duration must be between 0 and ten years, not {_shown(value)}")
     return Duration(seconds)
 

@@ -10,10 +10,17 @@ import sys
 from collections.abc import MutableMapping
 from typing import Any, Final, cast
 
-import structlog
+_rich_was_there = "rich" in sys.modules
+if not _rich_was_there:
+    sys.modules["rich"] = None  # type: ignore[assignment]  # wherever it happens to be installed, structlog loads it: 5 MB
 
-from agentqd.core.settings import Log as LogSettings
-from agentqd.loops.box import Log
+import structlog  # noqa: E402
+
+if not _rich_was_there:
+    del sys.modules["rich"]
+
+from agentqd.core.settings import Log as LogSettings  # noqa: E402
+from agentqd.loops.box import Log  # noqa: E402
 
 _NEVER: Final = frozenset(
     {"prompt", "env", "environment", "payload", "secret", "password", "content", "spec", "raw", "argv"}

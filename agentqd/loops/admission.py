@@ -250,9 +250,7 @@ class _Batch:
         self._fresh.clear()
 
 
-def admit_entangled(
-    tx: Transaction, box: Box, item: Candidate, refused: TaskRow | None = None
-) -> Outcome:
+def admit_entangled(tx: Transaction, box: Box, item: Candidate, refused: TaskRow | None = None) -> Outcome:
     """A task that comes after others, or claims places to write: checked before anything of it starts.
 
     `refused`: the task that had this id before, whose row it takes over.

@@ -40,6 +40,9 @@ class Seen(msgspec.Struct, frozen=True):
     problems: list[str]
 
 
+NOTHING: Final = Seen("", 0, (), [], artifacts_truncated=False, problems=[])
+
+
 class Asked(msgspec.Struct, frozen=True):
     """What to look at."""
 
@@ -140,9 +143,7 @@ def _artifacts(
     problems: list[str],
 ) -> tuple[list[Artifact], bool]:
     base = asked.workdir or work
-    paths = {
-        printable_name(os.path.relpath(path, work)): path for path, _ in found[: limits.ARTIFACTS_MAX]
-    }
+    paths = {printable_name(os.path.relpath(path, work)): path for path, _ in found[: limits.ARTIFACTS_MAX]}
     for item in expected:
         if item.bytes is not None:
             paths.setdefault(item.path, os.path.join(base, item.path))

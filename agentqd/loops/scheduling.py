@@ -39,9 +39,16 @@ class Target(msgspec.Struct, frozen=True):
 class Scheduler:
     """Its `claim` is the journal's `before_commit` hook: it runs on the journal's thread, inside each transaction."""
 
-    def __init__(self, box: Box, on_claims: Callable[[list[Claim]], None]) -> None:
+    def __init__(
+        self,
+        box: Box,
+        on_claims: Callable[[list[Claim]], None],
+        on_chosen: Callable[[list[Claim]], None] | None = None,
+    ) -> None:
+        """`on_claims`: on the loop's thread, when the claims are durable. `on_chosen`: there too, while they become so."""
         self._box = box
         self._on_claims = on_claims
+        self._on_chosen = on_chosen
         self.target: Target | None = None
         self.paused: frozenset[str] = frozenset()
         self._empty: set[str] = set()  # queues in which nothing was ready when last looked at
@@ -80,6 +87,9 @@ class Scheduler:
         claims = self._choose(tx, names, running, free, target)
         if claims:
             tx.after_commit(lambda: self._on_claims(claims))
+            if self._on_chosen is not None:
+                on_chosen = self._on_chosen
+                tx.before_durable(lambda: on_chosen(claims))
 
     def _choose(
         self, tx: Transaction, names: list[str], running: dict[str, int], free: int, target: Target

@@ -1,7 +1,7 @@
 """The workers, as the daemon knows them: started from claims, watched through the supervisor's reports, ended in one transaction.
 
 Invariants:
-1. `Run` is sent only for a claim that is durable; `Forget` only after the end is durable.
+1. Nothing starts for a claim that is not durable: a `Run` sent before the commit is held until `Go`; `Forget` only after the end is durable.
 2. The journal says which tasks are running; what is kept here in memory can be lost at any instant (reconcile.py).
 3. An end is recorded once: `finish_attempt` is guarded by the state it expects.
 """
@@ -70,7 +70,8 @@ class Supervision:
         self.box = box
         self.inotify = inotify
         self.live: dict[str, Live] = {}
-        self.scheduler = Scheduler(box, self.on_claims)
+        self._prepared: dict[str, tuple[int, TaskRequest]] = {}
+        self.scheduler = Scheduler(box, self.on_claims, self.prepare)
         self.link = Link(box, self.on_welcome, self._on_report, self._on_lost, may_start=may_start_supervisor)
         self.execs = Execs(self.link)
         self.welcomes: asyncio.Queue[wire.Welcome] = asyncio.Queue()
@@ -89,9 +90,28 @@ class Supervision:
         for claim in claims:
             self.launch(claim)
 
+    def prepare(self, claims: list[Claim]) -> None:
+        """While their commit is under way: let the supervisor make the folders ready."""
+        for claim in claims:
+            task = claim.task
+            request = read_task(claim.spec)
+            try:
+                run = build_run(self.box, task, request, claim.prompt)
+                self.link.send(msgspec.structs.replace(run, hold=True))
+            except (SupervisorUnavailable, LaunchError):
+                continue  # told when the claim is durable
+            self._prepared[task.id] = (task.attempt, request)
+
     def launch(self, claim: Claim) -> None:
         """Send a durable claim to the supervisor. Without one, the next Welcome finds it in the journal."""
         task = claim.task
+        attempt, request = self._prepared.pop(task.id, (0, None))
+        if request is not None and attempt == task.attempt and self.link.connected:
+            failpoint("claimed")
+            self.live[task.id] = Live(task, request)
+            self.link.send(wire.Go(task.id, task.attempt))
+            self.box.task_changed(task.id)
+            return
         live = Live(task, read_task(claim.spec))
         self.live[task.id] = live
         failpoint("claimed")
@@ -124,6 +144,7 @@ class Supervision:
             self.open_for_claims(self.link.welcome)
 
     def _on_lost(self) -> None:
+        self._prepared.clear()
         self.scheduler.target = None
         self.execs.connection_lost()
 
@@ -304,12 +325,10 @@ class Supervision:
                 live.ended = True
                 ends.append((live, item))
         failpoint("end_received")
-        left_nothing = all(self._left_nothing(item) for _, item in ends)
-        collected = (
-            self._collect(ends)
-            if left_nothing
-            else await loop.run_in_executor(self._threads, self._collect, ends)
-        )
+        if all(self._left_nothing(item) for _, item in ends):
+            collected = [self._nothing_left(live, item) for live, item in ends]
+        else:
+            collected = await loop.run_in_executor(self._threads, self._collect, ends)
         ready = [await self._with_check(end) for end in collected]
         failpoint("evidence_durable")
 
@@ -324,19 +343,23 @@ class Supervision:
         future.add_done_callback(lambda done: self._finished(done, ends))
 
     def _left_nothing(self, item: wire.Exited | AttemptEnd) -> bool:
-        """No output and empty folders: there is nothing to read or fsync, and no thread to be asked for it."""
+        """No output and empty folders, and nothing expected: nothing to read or fsync, no thread to be asked for it."""
         if isinstance(item, AttemptEnd) or item.pid is None:
             return True
+        if item.stdout_bytes or item.stderr_bytes or self._is_slow(item):
+            return False
         folder = self.box.folders.attempt(item.task, item.attempt)
         try:
-            return not (
-                item.stdout_bytes
-                or item.stderr_bytes
-                or os.listdir(f"{folder}/outbox")
-                or os.listdir(f"{folder}/work")
-            )
+            return not (os.listdir(f"{folder}/outbox") or os.listdir(f"{folder}/work"))
         except OSError:
             return False
+
+    @staticmethod
+    def _nothing_left(live: Live, item: wire.Exited | AttemptEnd) -> AttemptEnd:
+        if isinstance(item, AttemptEnd):
+            return item
+        keys = frozenset(live.keys)
+        return AttemptEnd(item.task, item.attempt, live.request, item, seen=evidence.NOTHING, keys=keys)
 
     def _live_of(self, item: wire.Exited | AttemptEnd) -> Live | None:
         task_id, attempt = _of(item)

@@ -20,6 +20,7 @@ import queue
 import sqlite3
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar, cast
@@ -35,7 +36,7 @@ _CHECKPOINT_IDLE_S: Final = 0.25
 _CHECKPOINT_IDLE_CHANGES: Final = 500
 _CHECKPOINT_FRAMES: Final = 1800  # the log then starts over within what warm_log has made it grow to
 _WAL_TRUNCATE_BYTES: Final = 64 * limits.MIB
-_LAZY_S: Final = 0.02
+_LAZY_S: Final = 0.004
 _WAL_WARM_BYTES: Final = 8 * limits.MIB
 
 
@@ -137,6 +138,7 @@ class Journal:
         self._threads: list[threading.Thread] = []
         self._changes_at_checkpoint = 0
         self._index = -1
+        self._committed_s = 0.0
 
     async def open(self) -> None:
         """Open, migrate, take the next epoch. Raises StateFolderError, SchemaTooNew or JournalError."""
@@ -192,7 +194,7 @@ class Journal:
         return future
 
     def submit_lazily(self, unit: Callable[[Transaction], T]) -> asyncio.Future[T]:
-        """The same for what nobody waits for: it shares the next commit that is made anyway, or one within 20 ms."""
+        """The same for what nobody waits for: it shares the next commit that is made anyway, or one within 4 ms."""
         future: asyncio.Future[T] = self._loop.create_future()
         if self._error is not None:
             future.set_exception(self._error)
@@ -230,7 +232,11 @@ class Journal:
             batch, closing = self._take()
             if batch:
                 self._commit_batch(batch)
-            elif not closing:
+            elif (
+                not closing
+                and self._inbox.empty()
+                and time.monotonic() - self._committed_s >= _CHECKPOINT_IDLE_S
+            ):
                 self._checkpoint_when_idle()
 
     def _take(self) -> tuple[list[tuple[Unit, asyncio.Future[Any]]], bool]:
@@ -276,6 +282,8 @@ class Journal:
             if self.before_commit is not None:
                 self.before_commit(transaction)
             after, later = transaction.flush()
+            if transaction.preparations:
+                self._loop.call_soon_threadsafe(self._act, transaction.preparations)
             self._connection.execute("COMMIT")
             self._numbers = transaction.numbers
         except (sqlite3.Error, JournalError, MemoryError, OSError) as error:
@@ -286,6 +294,7 @@ class Journal:
             self._fail(error)
             self._post([(future, None, self._error) for _, future in batch])
             raise
+        self._committed_s = time.monotonic()
         self.commits += 1
         self.units += len(batch)
         self._post(outcomes, after, later)

@@ -84,6 +84,7 @@ class Transaction:
         "fresh_rows",
         "now_us",
         "numbers",
+        "preparations",
     )
 
     def __init__(self, connection: sqlite3.Connection, numbers: Numbers, now_us: int) -> None:
@@ -96,6 +97,7 @@ class Transaction:
         self._outbox_counts: list[tuple[str, str, int]] = []
         self._after: list[Callable[[], None]] = []
         self._later: list[Callable[[], None]] = []
+        self.preparations: list[Callable[[], None]] = []
         self.earliest_wake: int | None = None  # the earliest wake_at that this transaction has set
 
         self.fresh_rows: list[
@@ -138,6 +140,10 @@ class Transaction:
 
     def after_commit(self, action: Callable[[], None]) -> None:
         self._after.append(action)
+
+    def before_durable(self, action: Callable[[], None]) -> None:
+        """Done on the loop's thread while the commit is under way: for preparations that a failed commit makes void."""
+        self.preparations.append(action)
 
     def later(self, action: Callable[[], None]) -> None:
         """The same, once everything urgent is done (log lines, wake-ups of waiting clients)."""

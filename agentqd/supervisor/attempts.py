@@ -38,9 +38,14 @@ class Attempt:
     """A running attempt. The prompt, the arguments and the environment are not kept."""
 
     def __init__(
-        self, context: Context, run: Run, received_s: float, over: Callable[[Attempt, Exited], None]
+        self,
+        context: Context,
+        run: Run,
+        received_s: float,
+        over: Callable[[Attempt, Exited], None],
+        folder: AttemptFolder | None = None,
     ) -> None:
-        """Start it. Raises StartError, or AlreadyStartedError with nothing changed."""
+        """Start it, in a folder that was made ready or is made now. Raises StartError, or AlreadyStartedError with nothing changed."""
         self._context = context
         self._over = over
         self.task = run.task
@@ -51,7 +56,7 @@ class Attempt:
         self._ends_later: list[Timer] = []
         self._clock_timer: Timer | None = None
         self.clocks = AttemptClocks(run.clocks, received_s, context.clock.monotonic_s())
-        self.folder = self._make_folder(run)
+        self.folder = self._enter_folder(run, folder)
         self._stdout = OutputCap(self.folder.stdout_fd, run.stdout_bytes_max, self._no_holes)
         self._stderr = OutputCap(self.folder.stderr_fd, run.stdout_bytes_max, self._no_holes)
         self._signs = SignsOfLife(self.folder.fd, self.folder.stdout_fd, self.folder.stderr_fd)
@@ -94,10 +99,13 @@ class Attempt:
         self._context.tell(Ending(self.task, self.attempt, intent))
         self.child.end()
 
-    def _make_folder(self, run: Run) -> AttemptFolder:
+    def _enter_folder(self, run: Run, folder: AttemptFolder | None) -> AttemptFolder:
         context = self._context
         try:
-            folder = make_folder(context.tasks_fd, run.task, run.attempt, run.prompt)
+            if folder is None and run.attempt == 1:
+                folder = context.take_ready(run.task, run.prompt)
+            if folder is None:
+                folder = make_folder(context.tasks_fd, run.task, run.attempt, run.prompt)
         except (OSError, ValueError) as problem:
             raise StartError(f"cannot make the folder {run.folder}: {problem}") from problem
         failpoint("folder_made")

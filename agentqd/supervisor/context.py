@@ -7,10 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from agentqd.supervisor.deadlines import Deadlines, Timer
+from agentqd.supervisor.folder import AttemptFolder
 from agentqd.supervisor.logs import Log
 from agentqd.supervisor.tree import Trees
 from agentqd.supervisor.wire import Report
 from agentqd.system.clock import Clock
+
+
+def no_ready_folder(_task: str, _prompt: str | None) -> AttemptFolder | None:
+    """Every folder is made when it is needed."""
+    return None
 
 
 @dataclass(slots=True)
@@ -26,6 +32,7 @@ class Context:
     state_folder: str
     tasks_fd: int  # STATE/tasks
     tell: Callable[[Report], None]  # to the daemon that is connected, if one is
+    take_ready: Callable[[str, str | None], AttemptFolder | None] = no_ready_folder
     said_once: set[str] = field(default_factory=set)
 
     def after(self, seconds: float, action: Callable[[], None]) -> Timer:

@@ -83,7 +83,7 @@ def make_folder(tasks_fd: int, task: str, attempt: int, prompt: str | None) -> A
         if not is_new:
             _clear_for(task_fd, name)
         try:
-            folder = _fill(task_fd, temporary, prompt)
+            folder = fill(task_fd, temporary, prompt)
             try:
                 os.rename(temporary, name, src_dir_fd=task_fd, dst_dir_fd=task_fd)
             except BaseException:
@@ -146,7 +146,8 @@ def _exists(name: str, folder_fd: int) -> bool:
     return True
 
 
-def _fill(task_fd: int, temporary: str, prompt: str | None) -> AttemptFolder:
+def fill(task_fd: int, temporary: str, prompt: str | None) -> AttemptFolder:
+    """A whole attempt folder under a name of its own. Raises OSError, leaving what it made."""
     os.mkdir(temporary, 0o700, dir_fd=task_fd)
     folder = AttemptFolder(open_folder_at(temporary, task_fd), -1, -1)
     try:

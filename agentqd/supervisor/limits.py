@@ -9,7 +9,7 @@ LISTEN_BACKLOG = 64
 CONNECTIONS_MAX = 16
 HELLO_WITHIN_S = 10.0
 HELLO_LINE_BYTES_MAX = 64 * KIB
-RECEIVE_BYTES = 256 * KIB
+RECEIVE_BYTES = 64 * KIB
 REQUESTS_A_TURN_MAX = 16  # then the loop looks at exits, deadlines and other connections again
 PENDING_REPORT_BYTES_MAX = 16 * MIB  # beyond a Welcome, which may be longer
 ACCEPT_PAUSE_S = 0.1  # after EMFILE and the like
@@ -40,6 +40,8 @@ EXEC_CAPTURE_BYTES_MAX = 1 * MIB
 
 # Itself.
 LINGER_S = 60.0
+READY_FOLDERS = 8
+READY_PAUSE_S = 0.003
 EXIT_FILE_RETRY_S = 5.0
 EXIT_FILE_BYTES_MAX = 256 * KIB
 DEFERRED_RUNS_MAX = 1024

@@ -22,6 +22,7 @@ from agentqd.supervisor.limits import LINGER_S
 from agentqd.supervisor.logs import StderrLog
 from agentqd.supervisor.places import bind_socket, make_folders, take_lock
 from agentqd.supervisor.procfs import boot_id
+from agentqd.supervisor.ready import ReadyFolders
 from agentqd.supervisor.spawn import seal_descriptors
 from agentqd.supervisor.supervisor import Options, Supervisor, log_crash, tell_nobody
 from agentqd.supervisor.tree import Trees
@@ -67,6 +68,9 @@ def _serve(folders: Folders, options: Options) -> int:
         tasks_fd=tasks_fd,
         tell=tell_nobody,
     )
+    ready = ReadyFolders(context)
+    ready.open()
+    context.take_ready = ready.take
     listener = bind_socket(folders.supervisor_socket)
     notifier = Notifier.from_environment(os.environ)
     try:

@@ -16,6 +16,7 @@ What a `Run` finds, and what is answered (never a second start in any of them):
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -23,7 +24,13 @@ from agentqd.core.limits import LEFT_BEHIND_NAMED_MAX
 from agentqd.supervisor.attempts import Attempt, StartError
 from agentqd.supervisor.context import Context
 from agentqd.supervisor.exitfile import read_exit, write_exit
-from agentqd.supervisor.folder import AlreadyStartedError, AttemptFolder, check_name, read_started
+from agentqd.supervisor.folder import (
+    AlreadyStartedError,
+    AttemptFolder,
+    check_name,
+    make_folder,
+    read_started,
+)
 from agentqd.supervisor.limits import DEFERRED_RUNS_MAX, EXIT_FILE_RETRY_S
 from agentqd.supervisor.wire import NOT_STARTED, OTHER_INSTANCE, Clocks, Exited, Run, Running
 from agentqd.system.failpoints import failpoint
@@ -41,6 +48,7 @@ class Registry:
         self._exited: dict[AttemptKey, Exited] = {}
         self._unwritten: dict[AttemptKey, AttemptFolder] = {}
         self._deferred: dict[AttemptKey, tuple[Run, float]] = {}
+        self._held: dict[AttemptKey, tuple[Run, float, AttemptFolder | None]] = {}
         self.leaving = False
 
     @property
@@ -72,8 +80,26 @@ class Registry:
                 self._deferred[key] = (run, received_s)
             else:
                 self._context.tell(self._not_run(run, NOT_STARTED + "too many wait for survivors to end"))
+        elif run.hold:
+            self._hold(key, run, received_s)
         else:
             self._start(run, received_s)
+
+    def go(self, task: str, number: int) -> None:
+        """Start what was held; anything unknown was answered, or will be asked for again."""
+        held = self._held.pop((task, number), None)
+        if held is not None:
+            self._start(*held)
+
+    def _hold(self, key: AttemptKey, run: Run, received_s: float) -> None:
+        """Make its folder while the daemon's claim becomes durable. What goes wrong here goes wrong again, and is told, at `Go`."""
+        folder = None
+        with contextlib.suppress(OSError, ValueError, AlreadyStartedError):
+            check_name(run.task, run.attempt, run.folder, self._context.state_folder)
+            folder = self._context.take_ready(run.task, run.prompt) if run.attempt == 1 else None
+            if folder is None:
+                folder = make_folder(self._context.tasks_fd, run.task, run.attempt, run.prompt)
+        self._held[key] = (run, received_s, folder)
 
     def survivors_changed(self) -> None:
         """Start what waited for survivors that are gone now."""
@@ -85,6 +111,10 @@ class Registry:
     def drop_deferred(self) -> None:
         """Their daemon was cut off: what it sent and was not acted on counts no more."""
         self._deferred.clear()
+        for _, _, folder in self._held.values():
+            if folder is not None:
+                folder.close()
+        self._held.clear()
 
     def set_clocks(self, task: str, number: int, clocks: Clocks) -> None:
         attempt = self._running.get((task, number))
@@ -123,11 +153,11 @@ class Registry:
         for attempt in list(self._running.values()):
             attempt.child.children_changed()
 
-    def _start(self, run: Run, received_s: float) -> None:
+    def _start(self, run: Run, received_s: float, folder: AttemptFolder | None = None) -> None:
         failpoint("run_received")
         try:
             check_name(run.task, run.attempt, run.folder, self._context.state_folder)
-            attempt = Attempt(self._context, run, received_s, self._over)
+            attempt = Attempt(self._context, run, received_s, self._over, folder)
         except AlreadyStartedError as found:
             self._context.tell(self._started_before(run, found.folder_fd))
         except StartError as problem:

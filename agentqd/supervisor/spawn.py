@@ -9,12 +9,12 @@ everything Python opens is close-on-exec anyway.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 from collections.abc import Mapping
 
-# Every disposition back to default (Python ignores SIGPIPE and SIGXFSZ), and no signal blocked.
-_RESET = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
+_CATCHABLE = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 
 
 class SpawnError(Exception):
@@ -58,13 +58,19 @@ def spawn(
             ],
             setsid=True,
             setsigmask=(),
-            setsigdef=_RESET,
+            setsigdef=_ignored(),
         )
     except (OSError, ValueError) as problem:
         where = cwd if isinstance(cwd, str) else "its own work folder"
         raise SpawnError(f"cannot run {argv[0]!r} in {where}: {_why(problem)}") from problem
     finally:
         os.chdir("/")
+
+
+@functools.cache
+def _ignored() -> tuple[int, ...]:
+    """What this process ignores (Python: SIGPIPE, SIGXFSZ; nohup: SIGHUP): exec would pass that on; handlers it resets itself."""
+    return tuple(number for number in _CATCHABLE if signal.getsignal(number) in {signal.SIG_IGN, None})
 
 
 def _find(name: str, env: Mapping[str, str]) -> str:

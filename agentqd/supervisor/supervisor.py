@@ -26,6 +26,7 @@ from agentqd.supervisor.wire import (
     Exec,
     ExecCancel,
     Forget,
+    Go,
     Leave,
     Ping,
     Pong,
@@ -126,6 +127,8 @@ class Supervisor:
         match request:
             case Run():
                 self._registry.run(request, received_s)
+            case Go():
+                self._registry.go(request.task, request.attempt)
             case SetClocks():
                 self._registry.set_clocks(request.task, request.attempt, request.clocks)
             case End():

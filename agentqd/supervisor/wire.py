@@ -6,7 +6,8 @@ Invariants:
    acted on is thrown away. An equal or older epoch than one already seen is refused.
 3. `Run` is idempotent: an attempt already known (in memory, or by its `started` file) is never started again.
 4. An ended attempt is kept (in memory and as `exit.json`) until `Forget`; it is told again at every `Welcome`.
-5. Durations are seconds counted on the supervisor's own monotonic clock from the receipt of the message.
+5. A `Run` with `hold` starts nothing and lets nothing run: it is forgotten with its connection unless `Go` came.
+6. Durations are seconds counted on the supervisor's own monotonic clock from the receipt of the message.
    `None` switches a clock off. Times are microseconds since the epoch (records only, never for timeouts).
 """
 
@@ -58,6 +59,14 @@ class Run(msgspec.Struct, frozen=True, tag="run", omit_defaults=True):
     prompt: str | None = None  # written to folder/prompt; None: no prompt file
     stdin: str = "null"  # "prompt": the prompt file is the worker's stdin; "null": /dev/null
     stdout_bytes_max: int = 64 * 1024 * 1024  # the same for stderr
+    hold: bool = False  # make the folder ready and wait for `Go`: the daemon's claim is not durable yet
+
+
+class Go(msgspec.Struct, frozen=True, tag="go"):
+    """The claim is durable: start what a `Run` with `hold` has made ready. Unknown: nothing is done."""
+
+    task: str
+    attempt: int
 
 
 class SetClocks(msgspec.Struct, frozen=True, tag="set_clocks"):
@@ -111,7 +120,7 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
     n: int
 
 
-Request = Hello | Run | SetClocks | End | Forget | Exec | ExecCancel | Leave | Ping
+Request = Hello | Run | Go | SetClocks | End | Forget | Exec | ExecCancel | Leave | Ping
 
 
 class Running(msgspec.Struct, frozen=True, tag="running"):

@@ -57,9 +57,11 @@ def create_file_at(name: str, parent_fd: int, content: bytes) -> None:
 
 def replace_file_at(name: str, temporary: str, parent_fd: int, content: bytes) -> None:
     """`name` has this content or its old one, never half of either (no fsync: a crash of the machine is not covered)."""
-    with contextlib.suppress(FileNotFoundError):
+    try:
+        create_file_at(temporary, parent_fd, content)
+    except FileExistsError:  # a crash left it
         os.unlink(temporary, dir_fd=parent_fd)
-    create_file_at(temporary, parent_fd, content)
+        create_file_at(temporary, parent_fd, content)
     os.rename(temporary, name, src_dir_fd=parent_fd, dst_dir_fd=parent_fd)
 
 

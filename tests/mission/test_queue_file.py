@@ -404,6 +404,8 @@ def test_without_inotify_the_rescan_does_the_work(make_box: MakeBox) -> None:
         pytest.skip(f"no user namespaces here: {error.stderr!r}")
     box.start()
     assert box.events("inotify_unavailable")
+    box.append({"task": "first", "prompt": "echo x"})
+    box.result("first")
     box.append({"task": "seen", "prompt": "echo one > $AGENTQ_OUTBOX/a; sleep 0.5; echo x"})
     assert box.result("seen")["status"] == "success"
     assert [entry["key"] for entry in box.entries("seen")] == ["a"]

@@ -135,6 +135,32 @@ def test_a_supervisor_killed_while_it_starts_workers_leaves_no_half_folder_and_r
         assert {path.name for path in folder.iterdir()} >= {"started", "stdout", "stderr", "outbox", "work"}
 
 
+@pytest.mark.row(11)
+def test_the_half_folders_of_a_crash_are_cleared_away_and_never_run(make_box: MakeBox) -> None:
+    box = make_box("queues: {default: {paused: true}}\n")
+    box.submit(task="half", id="half", prompt="ls; echo ran")
+    temporary, whole = box.state / "tasks/half/.attempt-1.tmp-dead", box.state / "tasks/half/attempt-1"
+    for folder in (temporary, whole):  # as a kill before the rename, and one before `started`, leave them
+        (folder / "work").mkdir(parents=True)
+        (folder / "work" / "junk").write_text("of another life")
+    box.config.write_text("{}\n")
+    told = box.result("half")
+    assert (told["status"], told["stdout_tail"]) == ("success", "ran\n")
+    assert not temporary.exists()
+
+
+@pytest.mark.row(11)
+def test_an_attempt_that_somebody_has_started_before_is_never_run_again(make_box: MakeBox, tmp_path: Path) -> None:
+    box = make_box("queues: {default: {paused: true}}\n")
+    box.submit(task="begun", id="begun", prompt=f"touch {tmp_path}/ran; echo x")
+    folder = box.state / "tasks/begun/attempt-1"
+    folder.mkdir(parents=True)
+    (folder / "started").write_text('{"instance":"another","boot_id":"this","at":1}\n')
+    box.config.write_text("{}\n")
+    assert box.result("begun")["status"] == "lost"
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.row(13)
 def test_two_thousand_lines_survive_kills_of_the_reader_without_repeat_or_skip(make_box: MakeBox) -> None:
     box = make_box("queues: {default: {paused: true}}\n")

@@ -219,7 +219,7 @@ def run_test(test: str, folder: Path) -> subprocess.CompletedProcess[str]:
         **os.environ,
         "PYTHONPATH": str(folder),
         "PYTHONDONTWRITEBYTECODE": "1",
-        "AGENTQD_TEST_WAIT_S": "5",
+        "AGENTQD_TEST_WAIT_S": "10",
     }
     return subprocess.run(
         command, cwd=folder, env=env, capture_output=True, text=True, timeout=150, check=False
