@@ -228,8 +228,10 @@ class SinkRunner:
                 "sink_failed", sink=self.name, error=repr(error), traceback=traceback.format_exc()
             )
             return [Deferred(f"the sink failed: {error!r}"[:SINK_ERROR_CHARS_MAX])] * len(batch)
-        if len(outcomes) != len(batch):
-            return [Deferred(f"the sink answered {len(outcomes)} of {len(batch)} deliveries")] * len(batch)
+        sound = isinstance(outcomes, list | tuple) and all(isinstance(each, Outcome) for each in outcomes)
+        if not sound or len(outcomes) != len(batch):
+            said = f"{len(outcomes)} of {len(batch)} deliveries" if sound else "with what is no outcome"
+            return [Deferred(f"the sink answered {said}")] * len(batch)
         return outcomes
 
     def _check(self, row: DueRow) -> Outcome:

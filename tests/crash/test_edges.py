@@ -252,16 +252,64 @@ def test_edge_07_a_run_that_was_received_and_not_begun_never_ran(edge: Edge) -> 
     is_withdrawn_and_made_anew(edge)
 
 
+def without_a_stock(edge: Edge) -> None:
+    """Folders are made by hand: there can be no `.ready`."""
+    edge.box.state.mkdir(exist_ok=True)
+    (edge.box.state / ".ready").touch()
+
+
 @pytest.mark.parametrize("when", [2, 3, 4])
 def test_edge_07_a_temporary_folder_is_never_run_and_does_not_stay(edge: Edge, when: int) -> None:
     """mkdirat: the task's folder, the temporary one, outbox, work."""
+    without_a_stock(edge)
     supervisor_dies_at_call(edge, "mkdirat", when)
     is_withdrawn_and_made_anew(edge)
 
 
 def test_edge_08_a_complete_temporary_folder_is_not_an_attempt(edge: Edge) -> None:
+    without_a_stock(edge)
     supervisor_dies_at_call(edge, "renameat", 1)
     is_withdrawn_and_made_anew(edge)
+
+
+def test_edge_08_a_folder_from_the_stock_that_was_not_renamed_is_not_an_attempt(edge: Edge) -> None:
+    supervisor_dies_at_call(edge, "renameat", 1)
+    is_withdrawn_and_made_anew(edge)
+
+
+def test_edge_08_a_held_run_dies_with_its_connection(edge: Edge) -> None:
+    """The daemon dies after the commit, with the folder made ready and no `Go` sent; its Run comes again, without hold."""
+    edge.supervisor()
+    edge.start("claimed:pause")
+    wait_for("a connected supervisor", lambda: connected(edge.box))
+    edge.box.append(edge.task())
+    wait_for("the folder", edge.folder().exists)
+    pid = edge.box.daemon_pid()
+    wait_for("the pause", lambda: is_stopped(pid))
+    assert not (edge.folder() / "started").exists()
+    assert edge.side.runs("t") == []
+    edge.box.kill()
+    edge.start()
+    edge.ends_well()
+    assert edge.box.events("reconciled")[-1]["sent_again"] == 1
+
+
+def test_edge_08_a_run_that_a_leaving_supervisor_holds_is_handed_back(edge: Edge) -> None:
+    """It is claimed for one that is told to stop and waits for a stubborn worker: the next one runs it."""
+    edge.start()
+    wait_for("a connected supervisor", lambda: connected(edge.box))
+    edge.box.append(
+        {
+            "task": "stubborn",
+            "prompt": "trap '' TERM; echo x; touch here; while :; do sleep 0.05; done",
+            "kill_grace": "1s",
+        }
+    )
+    wait_for("the stubborn one", lambda: list(edge.box.state.glob("tasks/*/attempt-1/work/here")))
+    os.kill(edge.box.supervisor_pid(), signal.SIGTERM)
+    wait_for("it to be ended", lambda: query(edge.box, "SELECT 1 FROM tasks WHERE state = 'stopping'"))
+    edge.box.append(edge.task())
+    edge.ends_well()
 
 
 def test_edge_09_a_whole_folder_without_started_never_ran(edge: Edge) -> None:

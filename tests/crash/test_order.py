@@ -135,7 +135,7 @@ def traced(make_box: MakeBox) -> tuple[RealBox, Seen]:
 
 def test_each_step_waits_for_the_one_before(traced: tuple[RealBox, Seen]) -> None:
     _, seen = traced
-    run_is_sent_after_the_claims_commit(seen)
+    nothing_starts_before_the_claim_is_durable(seen)
     started_is_exclusive_and_before_the_fork(seen)
     exit_json_is_there_before_the_end_is_told(seen)
     result = only(
@@ -148,9 +148,15 @@ def test_each_step_waits_for_the_one_before(traced: tuple[RealBox, Seen]) -> Non
     the_line_is_durable_before_it_is_marked(seen, finishing, result)
 
 
-def run_is_sent_after_the_claims_commit(seen: Seen) -> None:
+def nothing_starts_before_the_claim_is_durable(seen: Seen) -> None:
+    """`Run` may go ahead with `hold`; then `Go` is what must wait, and with it `started` and the fork."""
     run = only(seen.daemon, "Run", said("run"))
-    durable_before(seen.daemon, 0.0, run, "Run")
+    order = only(seen.daemon, "Go", said("go")) if '\\"hold\\":true' in run.text else run
+    durable_before(seen.daemon, 0.0, order, "the order to start")
+    started = only(
+        seen.supervisor, "started", lambda call: call.name == "openat" and '"started"' in call.text
+    )
+    durable_before(seen.daemon, 0.0, started, "the start")
 
 
 def started_is_exclusive_and_before_the_fork(seen: Seen) -> None:

@@ -45,11 +45,15 @@ def _switch(row: int, tests: str, *breaks: str) -> Switch:
 
 
 NO_INTAKE = ("loops/intake.py", "if not self.box.disk_low:", "if self.box.disk_low:")
-NO_WATCH = ("loops/intake.py", "_FOLDER_MASK: Final = 0x2 | 0x8", "_FOLDER_MASK: Final = 0x400 | 0x01000000\n_OLD_MASK = 0x2 | 0x8")
+NO_WATCH = (
+    "loops/intake.py",
+    "_FOLDER_MASK: Final = 0x2 | 0x8",
+    "_FOLDER_MASK: Final = 0x400 | 0x01000000\n_OLD_MASK = 0x2 | 0x8",
+)
 BACK_PRESSURE = (
     "loops/scheduling.py",
     "if target is None or box.draining:",
-    "if target is None or box.draining or tx.one(\"SELECT count(*) FROM outbox WHERE position > 9\")[0]:",
+    'if target is None or box.draining or tx.one("SELECT count(*) FROM outbox WHERE position > 9")[0]:',
 )
 NO_RETRY_TIMER = ("loops/delivery.py", "self._look_at = min([*due,", "_ = min([*due,")
 HALF_LINES = (
@@ -88,7 +92,7 @@ SWITCHES: tuple[Switch, ...] = (
     _switch(25, "queue_file::a_writer_that_holds_the_rotated_file_open_loses_no_line", "storage/queuefolder.py", "self._rename_away(stamp)\n", "os.truncate(self._files.live_path, 0)\n"),
     _switch(26, "prompts::an_empty_or_blank_prompt_is_refused_at_the_door", "core/task.py", "if task.prompt is not None and not task.prompt.strip():", "if False:"),
     _switch(27, "queue_file::bytes_once_written_to_the_queue_file_never_change", "loops/intake.py", "            self.folder.committed(chunk)\n            self._one_at_a_time", '            self.folder.committed(chunk)\n            open(self.box.folders.queue_file, "w").close()\n            self._one_at_a_time'),
-    _switch(28, "restarts::results_survive_kills_of_the_daemon_and_none_is_doubled", "sinks/appendlog.py", "found.update(self._look())", "self._look()"),
+    _switch(28, "restarts::a_result_that_was_written_but_not_yet_marked_is_read_back_and_not_doubled", "sinks/appendlog.py", "found.update(self._look())", "self._look()"),
     _switch(29, "restarts::worker_daemon_and_supervisor_killed_at_once_come_back_once", "loops/finishing.py", 'again = resolved.on_lost == "requeue" and lost < LOST_REQUEUES_MAX', "again = False"),
     _switch(30, "queue_file::a_replay_inside_the_ttl_returns_the_first_id_and_after_it_runs_anew", "loops/admission.py", "if tx.now_us < first.finished_at + int(ttl_s * 1_000_000):", "if False:"),
     _switch(31, "outbox::a_receiver_that_loses_its_first_answer_gets_the_same_id_again", "sinks/command.py", '"AGENTQ_DELIVERY_ID": _clean(delivery.delivery_id),', '"AGENTQ_DELIVERY_ID": delivery.delivery_id + str(delivery.attempts),'),
@@ -109,7 +113,7 @@ SWITCHES: tuple[Switch, ...] = (
     _switch(46, "audit::a_changed_event_is_found_and_verify_says_where", "storage/transaction.py", "text = f\"{seq}\\x00{at}\\x00{task or ''}\\x00{event}\\x00{data}\"", 'text = f"{seq}"'),
     _switch(47, "verdicts::each_retry_is_recorded_waits_longer_and_is_capped", "loops/finishing.py", "again = verdict.result in RETRIED_RESULTS and task.run_attempts < resolved.max_attempts", "again = False"),
     _switch(48, "outbox::a_finished_task_is_not_a_delivered_one_and_it_shows", "loops/delivery.py", "RowEvent.DEFERRED, attempts, due_at, None, reason)", "RowEvent.ACKNOWLEDGED, attempts, None, None, reason)"),
-    _switch(49, "outbox::an_end_and_its_outbox_row_are_in_one_transaction", "loops/finishing.py", "        add_result(tx, box, moved, end.request, data)\n", "        tx.later(lambda: box.journal.submit(lambda tx: add_result(tx, box, moved, end.request, data)) and None)\n"),
+    _switch(49, "outbox::an_end_and_its_outbox_rows_are_in_one_transaction", "loops/finishing.py", "        add_result(tx, box, moved, end.request, data)\n", "        tx.later(lambda: box.journal.submit(lambda tx: add_result(tx, box, moved, end.request, data)) and None)\n"),
     _switch(50, "outbox::delivery_goes_on_after_its_worker_has_timed_out", *NO_RETRY_TIMER),
     _switch(51, "clocks::a_deadline_ends_the_whole_tree_and_what_it_had_is_delivered", "loops/evidence.py", "tail = _tail(asked, problems)", 'tail = ""'),
     _switch(52, "outbox::an_entry_is_delivered_while_its_worker_goes_on outbox::two_of_four_replies_survive_the_sigkill_of_their_worker", "loops/supervision.py", "            if not live.ended:\n", "            if live.ended:\n"),
@@ -136,7 +140,7 @@ SWITCHES: tuple[Switch, ...] = (
     _switch(74, "intents::the_queue_policy_runs_them_one_by_one_in_order", *NO_ORDER),
     _switch(76, "intents::of_fifty_claims_at_once_one_wins", "storage/intents.py", "if (before_seq is not None and seq >= before_seq) or task_id in related:", "if True:"),
     _switch(77, "intents::file_locks_are_neither_taken_nor_broken", "storage/intents.py", '    """All of a task\'s paths at once. `paths`: (resolved, as given)."""\n', "    import os\n    for path, _ in paths:\n        os.rename(path, path + '~'); open(path, 'w').close()\n"),
-    _switch(78, "intents::an_undeclared_write_is_not_stopped", "loops/admission.py", "if item.request.after is not None or item.writes:", "if not item.writes and tx.one('SELECT 1 FROM intents'):\n            return InvalidTask('declare what you write')\n        if item.request.after is not None or item.writes:"),
+    _switch(78, "intents::an_undeclared_write_is_not_stopped", "loops/admission.py", "if item.request.after is not None or item.writes or", "if not item.writes and tx.one('SELECT 1 FROM intents'):\n            return InvalidTask('declare what you write')\n        if item.request.after is not None or item.writes or"),
     _switch(79, "intents::aliases_of_a_path_conflict", "core/intents.py", 'or left.startswith(right.rstrip("/") + "/")', ""),
     _switch(80, "intents::a_conflict_is_refused_before_a_spawn_and_names_task_and_path", "loops/admission.py", '["kind"] == "socket"', '["kind"] == "nobody"'),
 )  # fmt: skip
@@ -161,7 +165,9 @@ def broken_tree(switch: Switch) -> Iterator[Path]:
             path = copy / each.file
             text = path.read_text()
             if text.count(each.old) != 1:
-                raise ValueError(f"row {switch.row}: {each.file} has {text.count(each.old)} times: {each.old!r}")
+                raise ValueError(
+                    f"row {switch.row}: {each.file} has {text.count(each.old)} times: {each.old!r}"
+                )
             path.write_text(text.replace(each.old, each.new))
             for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
                 compiled.unlink()
@@ -172,10 +178,28 @@ def throw(switch: Switch) -> tuple[bool, str]:
     """(whether the row's tests noticed, what happened)."""
     try:
         with broken_tree(switch) as copy:
-            env = {**os.environ, "PYTHONPATH": str(copy), "AGENTQD_TEST_WAIT_S": str(WAIT_S), "PYTHONDONTWRITEBYTECODE": "1"}
+            env = {
+                **os.environ,
+                "PYTHONPATH": str(copy),
+                "AGENTQD_TEST_WAIT_S": str(WAIT_S),
+                "PYTHONDONTWRITEBYTECODE": "1",
+            }
             env = {name: value for name, value in env.items() if not name.startswith("PYTEST_")}
-            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *node_ids(switch)]
-            done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-x",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:randomly",
+                *node_ids(switch),
+            ]
+            done = subprocess.run(
+                command, cwd=copy, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False
+            )
     except ValueError as error:
         return False, str(error)
     except subprocess.TimeoutExpired:
@@ -194,7 +218,10 @@ def main(words: list[str]) -> int:
         began = time.monotonic()
         for switch, (noticed, what) in zip(chosen, pool.map(throw, chosen), strict=True):
             silent += not noticed
-            print(f"row {switch.row:2}  {'noticed' if noticed else 'SILENT '}  {switch.breaks[0].file}  {what}", flush=True)
+            print(
+                f"row {switch.row:2}  {'noticed' if noticed else 'SILENT '}  {switch.breaks[0].file}  {what}",
+                flush=True,
+            )
     print(f"{len(chosen) - silent} of {len(chosen)} switches noticed, {time.monotonic() - began:.0f} s")
     return 1 if silent else 0
 

@@ -68,7 +68,16 @@ def test_each_attempt_and_each_word_of_a_person_is_an_event(make_box: MakeBox) -
     box.config.write_text("{}\n")
     box.result("held")
     events = [event["event"] for event in box.show("held")["events"]]
-    wanted = ["accepted", "hold_requested", "released", "claimed", "attempt_ended", "backoff_ended", "claimed", "finished"]
+    wanted = [
+        "accepted",
+        "hold_requested",
+        "released",
+        "claimed",
+        "attempt_ended",
+        "backoff_ended",
+        "claimed",
+        "finished",
+    ]
     places = iter(events)
     assert all(step in places for step in wanted), events
     assert "config_applied" in {event["event"] for event in box.ctl_json("audit", "show")}

@@ -35,7 +35,9 @@ def started(path: Path) -> int:
         ({"prompt": "echo x", "workdir": "/no/such/folder"}, "/no/such/folder"),
     ],
 )
-def test_what_cannot_be_started_ends_as_spawn_failed_and_is_delivered(box: RealBox, task: dict[str, Any], word: str) -> None:
+def test_what_cannot_be_started_ends_as_spawn_failed_and_is_delivered(
+    box: RealBox, task: dict[str, Any], word: str
+) -> None:
     box.append({"task": "unstartable", "id": "u", **task})
     told = box.result("unstartable")
     assert (told["status"], told["exit_code"], told["signal"]) == ("spawn_failed", None, None)
@@ -92,7 +94,15 @@ def test_an_exit_0_after_our_signal_is_still_a_timeout(box: RealBox) -> None:
 @pytest.mark.row(44)
 def test_a_warning_signal_comes_kill_grace_before_the_deadline(box: RealBox) -> None:
     prompt = "trap 'echo warned; exit 3' USR1; echo ready; while :; do sleep 0.05; done"
-    box.append({"task": "warned", "prompt": prompt, "run_timeout": "2s", "kill_grace": "1500ms", "warning_signal": "SIGUSR1"})
+    box.append(
+        {
+            "task": "warned",
+            "prompt": prompt,
+            "run_timeout": "2s",
+            "kill_grace": "1500ms",
+            "warning_signal": "SIGUSR1",
+        }
+    )
     told = box.result("warned")
     assert (told["status"], told["exit_code"]) == ("failed", 3)
     assert told["stdout_tail"] == "ready\nwarned\n"
@@ -101,7 +111,14 @@ def test_a_warning_signal_comes_kill_grace_before_the_deadline(box: RealBox) -> 
 
 @pytest.mark.row(44)
 def test_deadlines_are_kept_while_the_daemon_is_away(box: RealBox, tmp_path: Path) -> None:
-    box.append({"task": "slow", "prompt": f"echo $$ > {tmp_path}/pid; sleep 300", "run_timeout": "1s", "kill_grace": "100ms"})
+    box.append(
+        {
+            "task": "slow",
+            "prompt": f"echo $$ > {tmp_path}/pid; sleep 300",
+            "run_timeout": "1s",
+            "kill_grace": "100ms",
+        }
+    )
     worker = started(tmp_path / "pid")
     box.kill()
     wait_for("its end", lambda: not alive(worker), 10)
@@ -111,12 +128,23 @@ def test_deadlines_are_kept_while_the_daemon_is_away(box: RealBox, tmp_path: Pat
 
 @pytest.mark.row(44)
 def test_total_timeout_counts_over_waiting_and_retries(box: RealBox) -> None:
-    box.append({"task": "all", "id": "all", "prompt": "echo x; exit 1", "max_attempts": 50, "backoff": ["200ms"], "total_timeout": "1s"})
+    box.append(
+        {
+            "task": "all",
+            "id": "all",
+            "prompt": "echo x; exit 1",
+            "max_attempts": 50,
+            "backoff": ["200ms"],
+            "total_timeout": "1s",
+        }
+    )
     told = box.result("all")
     assert told["status"] in {"failed", "timeout"}
     attempts = box.show("all")["attempts"]
     assert 2 <= len(attempts) <= 6
-    box.submit(task="held", id="held", prompt="echo x", not_before="2099-01-01T00:00:00Z", total_timeout="300ms")
+    box.submit(
+        task="held", id="held", prompt="echo x", not_before="2099-01-01T00:00:00Z", total_timeout="300ms"
+    )
     told = box.result("held")
     assert (told["status"], told["reason"], told["attempt"]) == ("timeout", "total_timeout", 0)
 
@@ -138,13 +166,19 @@ def test_not_before_holds_a_task_until_its_time(box: RealBox) -> None:
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
     answer = box.submit(task="later", id="later", prompt="date +%s; sleep 0.1", not_before=when)
     assert answer["state"] == "scheduled"
-    assert box.show("later")["waiting_for"] == {"reason": "start_time", "until": when.replace("Z", ".000Z"), "text": "its start time lies ahead"}
+    assert box.show("later")["waiting_for"] == {
+        "reason": "start_time",
+        "until": when.replace("Z", ".000Z"),
+        "text": "its start time lies ahead",
+    }
     assert int(box.result("later")["stdout_tail"]) >= int(at)
 
 
 @pytest.mark.row(42)
 def test_a_worker_that_never_says_a_word_is_ended(box: RealBox) -> None:
-    box.append({"task": "mute", "prompt": "sleep 300", "first_output_timeout": "400ms", "kill_grace": "100ms"})
+    box.append(
+        {"task": "mute", "prompt": "sleep 300", "first_output_timeout": "400ms", "kill_grace": "100ms"}
+    )
     told = box.result("mute")
     assert (told["status"], told["reason"]) == ("timeout", "first_output_timeout")
 
@@ -203,7 +237,9 @@ def test_a_timeout_raised_in_the_config_lets_a_running_worker_live(make_box: Mak
 
 
 @pytest.mark.row(58)
-def test_a_timeout_lowered_in_the_config_ends_a_running_worker_but_never_beats_the_tasks_own(make_box: MakeBox) -> None:
+def test_a_timeout_lowered_in_the_config_ends_a_running_worker_but_never_beats_the_tasks_own(
+    make_box: MakeBox,
+) -> None:
     box = make_box("defaults: {run_timeout: 60s, kill_grace: 100ms}\n")
     box.append({"task": "follows", "id": "follows", "prompt": "echo x; sleep 60"})
     box.append({"task": "own", "id": "own", "prompt": "echo x; sleep 2.5; echo y", "run_timeout": "50s"})
@@ -215,15 +251,23 @@ def test_a_timeout_lowered_in_the_config_ends_a_running_worker_but_never_beats_t
 
 
 @pytest.mark.row(59)
-def test_a_worker_that_has_handed_in_its_result_and_stays_is_ended_after_a_grace(box: RealBox, tmp_path: Path) -> None:
+def test_a_worker_that_has_handed_in_its_result_and_stays_is_ended_after_a_grace(
+    box: RealBox, tmp_path: Path
+) -> None:
     prompt = f"""echo $$ > {tmp_path}/pid; echo '{{"answer": 42}}' > $AGENTQ_OUTBOX/result.json; sleep 300"""
-    box.append({"task": "lingers", "id": "lingers", "prompt": prompt, "result_grace": "500ms", "kill_grace": "100ms"})
+    box.append(
+        {"task": "lingers", "id": "lingers", "prompt": prompt, "result_grace": "500ms", "kill_grace": "100ms"}
+    )
     told = box.result("lingers")
     assert (told["status"], told["reason"]) == ("success", "result_grace")
     assert told["duration_s"] < 20
     assert not alive(started(tmp_path / "pid"))
     (entry,) = box.entries("lingers")
-    assert (entry["key"], entry["content"], entry["type"]) == ("result.json", {"answer": 42}, "agentq.task.entry")
+    assert (entry["key"], entry["content"], entry["type"]) == (
+        "result.json",
+        {"answer": 42},
+        "agentq.task.entry",
+    )
 
 
 @pytest.mark.row(59)
@@ -236,7 +280,15 @@ def test_a_worker_that_leaves_within_its_result_grace_is_left_alone(box: RealBox
 @pytest.mark.row(59, 40)
 def test_a_result_handed_in_does_not_replace_the_tasks_own_check(box: RealBox) -> None:
     prompt = "echo '{}' > $AGENTQ_OUTBOX/result.json; sleep 300"
-    box.append({"task": "checked", "prompt": prompt, "result_grace": "200ms", "kill_grace": "100ms", "expect": {"check": ["false"]}})
+    box.append(
+        {
+            "task": "checked",
+            "prompt": prompt,
+            "result_grace": "200ms",
+            "kill_grace": "100ms",
+            "expect": {"check": ["false"]},
+        }
+    )
     assert (box.result("checked")["status"], box.result("checked")["reason"]) == ("failed", "expect_check")
 
 

@@ -35,7 +35,9 @@ def test_pulling_while_tasks_finish_loses_and_repeats_nothing(box: RealBox) -> N
     reader.join()
     got += pulled(box)
     assert [row["seq"] for row in got] == list(range(1, 61))
-    assert all('"pulled":false' in line for line in (box.state / "completions.jsonl").read_text().splitlines())
+    assert all(
+        '"pulled":false' in line for line in (box.state / "completions.jsonl").read_text().splitlines()
+    )
 
 
 @pytest.mark.row(2)
@@ -75,7 +77,16 @@ def test_fifty_results_wait_for_hours_and_are_drained_in_order(box: RealBox) -> 
 def test_a_consumer_that_dies_before_it_has_put_rows_away_gets_them_again(box: RealBox) -> None:
     box.append(*({"task": f"t{n}", "prompt": "echo x"} for n in range(5)))
     wait_for("5 results", lambda: len(box.results()) == 5)
-    command = [sys.executable, "-m", "agentqd.cli.main", "--state-dir", str(box.state), "--runtime-dir", str(box.runtime), "pull"]
+    command = [
+        sys.executable,
+        "-m",
+        "agentqd.cli.main",
+        "--state-dir",
+        str(box.state),
+        "--runtime-dir",
+        str(box.runtime),
+        "pull",
+    ]
     with open("/dev/full", "wb") as full:
         assert subprocess.run(command, stdout=full, stderr=subprocess.DEVNULL, check=False).returncode != 0
     assert len(pulled(box)) == 5
@@ -94,7 +105,9 @@ def test_an_offset_moves_forward_only_and_never_past_the_end(box: RealBox) -> No
 
 
 @pytest.mark.row(17, 16)
-def test_enqueue_and_submit_work_while_the_daemon_is_off_and_pull_while_the_writer_is(make_box: MakeBox) -> None:
+def test_enqueue_and_submit_work_while_the_daemon_is_off_and_pull_while_the_writer_is(
+    make_box: MakeBox,
+) -> None:
     box = make_box()
     box.stop()
     done = box.ctl("enqueue", stdin=b'{"task": "by enqueue", "prompt": "echo x"}')

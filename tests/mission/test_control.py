@@ -14,7 +14,21 @@ from realbox import RealBox, wait_for
 
 pytestmark = pytest.mark.real
 
-SHOW = {"id", "task", "queue", "runner", "state", "result", "reason", "submitted_at", "accepted_at", "finished_at", "attempts", "outbox", "events"}
+SHOW = {
+    "id",
+    "task",
+    "queue",
+    "runner",
+    "state",
+    "result",
+    "reason",
+    "submitted_at",
+    "accepted_at",
+    "finished_at",
+    "attempts",
+    "outbox",
+    "events",
+}
 ATTEMPT = {"attempt", "pid", "started_at", "ended_at", "exit_code", "signal", "result", "reason"}
 ROW = {"delivery_id", "type", "name", "sink", "state", "attempts", "delivered_at", "last_error"}
 
@@ -23,13 +37,21 @@ ROW = {"delivery_id", "type", "name", "sink", "state", "attempts", "delivered_at
 def test_show_tells_one_timeline_from_the_lines_offset_to_its_delivery(box: RealBox) -> None:
     box.append({"task": "before", "prompt": "echo x"})
     offset = box.queue_file.stat().st_size
-    box.append({"task": "story", "id": "story", "prompt": "echo x; echo e > $AGENTQ_OUTBOX/e; exit 3", "max_attempts": 2, "backoff": ["10ms"]})
+    box.append(
+        {
+            "task": "story",
+            "id": "story",
+            "prompt": "echo x; echo e > $AGENTQ_OUTBOX/e; exit 3",
+            "max_attempts": 2,
+            "backoff": ["10ms"],
+        }
+    )
     box.result("story")
     wait_for("the deliveries", lambda: {row["state"] for row in box.show("story")["outbox"]} == {"delivered"})
     shown = box.ctl_json("show", "story")
-    assert SHOW <= set(shown)
-    assert all(ATTEMPT <= set(attempt) for attempt in shown["attempts"])
-    assert all(ROW <= set(row) for row in shown["outbox"])
+    assert set(shown) >= SHOW
+    assert all(set(attempt) >= ATTEMPT for attempt in shown["attempts"])
+    assert all(set(row) >= ROW for row in shown["outbox"])
     assert (shown["source"]["file"], shown["source"]["offset"]) == ("tasks.jsonl", offset)
     assert [attempt["exit_code"] for attempt in shown["attempts"]] == [3, 3]
     events = [event["event"] for event in shown["events"]]
@@ -53,7 +75,7 @@ def test_the_reading_verbs_give_the_contracts_objects(box: RealBox) -> None:
     assert not {"attempts", "outbox", "events"} & set(listed[0])
     assert box.ctl_json("list", "--label", "nightly")[0]["id"] == "one"
     assert box.ctl_json("list", "--state", "running") == []
-    assert ROW <= set(wait_for("a row", lambda: box.ctl_json("outbox", "list"))[0])
+    assert set(wait_for("a row", lambda: box.ctl_json("outbox", "list"))[0]) >= ROW
     status = box.ctl_json("status")
     assert {"daemon", "supervisor", "tasks", "results", "queues", "outbox", "sinks", "alerts"} <= set(status)
     assert {"pid", "version", "uptime_s"} <= set(status["daemon"])
@@ -109,7 +131,11 @@ def test_wait_gives_up_with_124_and_knows_no_stranger(box: RealBox) -> None:
 
 @pytest.mark.row(14)
 def test_wait_outlasts_a_restart_of_the_daemon(box: RealBox, tmp_path: Path) -> None:
-    box.submit(task="w", id="w", prompt=f"echo $$ > {tmp_path}/pid; while ! [ -e {tmp_path}/go ]; do sleep 0.02; done; echo x; exit 5")
+    box.submit(
+        task="w",
+        id="w",
+        prompt=f"echo $$ > {tmp_path}/pid; while ! [ -e {tmp_path}/go ]; do sleep 0.02; done; echo x; exit 5",
+    )
     codes: list[int] = []
     waiter = threading.Thread(target=lambda: codes.append(box.ctl("wait", "w").returncode))
     waiter.start()
@@ -145,7 +171,10 @@ def test_pause_resume_hold_and_release_stop_and_start_what_they_say(box: RealBox
 @pytest.mark.row(17)
 def test_a_queue_paused_by_the_config_starts_nothing_until_the_config_says_so(make_box: MakeBox) -> None:
     box = make_box("queues: {slow: {paused: true}}\n")
-    box.append({"task": "waits", "id": "waits", "queue": "slow", "prompt": "echo x"}, {"task": "goes", "prompt": "echo x"})
+    box.append(
+        {"task": "waits", "id": "waits", "queue": "slow", "prompt": "echo x"},
+        {"task": "goes", "prompt": "echo x"},
+    )
     box.result("goes")
     shown = box.wait_state("waits", "queued")
     assert shown["waiting_for"]["reason"] == "queue_paused"
@@ -171,7 +200,9 @@ def test_a_draining_daemon_takes_nothing_over_the_socket_and_starts_nothing(box:
 @pytest.mark.row(17)
 def test_a_full_queue_refuses_for_now(make_box: MakeBox) -> None:
     box = make_box("queues: {small: {paused: true, waiting_max: 2}}\n")
-    codes = [box.api("POST", "/v1/tasks", {"task": "t", "queue": "small", "prompt": "echo x"})[0] for _ in range(3)]
+    codes = [
+        box.api("POST", "/v1/tasks", {"task": "t", "queue": "small", "prompt": "echo x"})[0] for _ in range(3)
+    ]
     assert codes == [201, 201, 503]
     assert box.ctl("submit", "--queue", "small", "echo x").returncode == 75
 
@@ -189,12 +220,21 @@ def test_priority_goes_first_then_age(make_box: MakeBox) -> None:
 
 @pytest.mark.row(45)
 def test_logs_and_the_event_stream_name_the_task_and_hold_no_prompt_or_environment(box: RealBox) -> None:
-    box.append({"task": "quiet", "id": "quiet", "prompt": "echo 'sesame-open' > /dev/null; echo x", "env": {"PASS": "hush-hush"}})
+    box.append(
+        {
+            "task": "quiet",
+            "id": "quiet",
+            "prompt": "echo 'sesame-open' > /dev/null; echo x",
+            "env": {"PASS": "hush-hush"},
+        }
+    )
     box.append({"task": "loud", "prompt": "   "})
     box.result("quiet")
     (line,) = wait_for("its canonical line", lambda: box.events("task_finished"))
     assert (line["task"], line["result"], line["exit_code"]) == ("quiet", "success", 0)
-    everything = box.log_text() + json.dumps(box.show("quiet")) + json.dumps(box.api("GET", "/v1/audit/events")[1])
+    everything = (
+        box.log_text() + json.dumps(box.show("quiet")) + json.dumps(box.api("GET", "/v1/audit/events")[1])
+    )
     assert "sesame-open" not in everything
     assert "hush-hush" not in everything
     assert box.ctl("logs", "quiet").stdout == b"x\n"
@@ -211,13 +251,21 @@ def test_the_doctor_finds_a_healthy_box_healthy_and_metrics_count(box: RealBox) 
 
 @pytest.mark.row(43)
 @pytest.mark.root
-def test_a_disk_that_fills_stops_intake_loudly_and_delivery_goes_on(make_box: MakeBox, tmp_path: Path) -> None:
+def test_a_disk_that_fills_stops_intake_loudly_and_delivery_goes_on(
+    make_box: MakeBox, tmp_path: Path
+) -> None:
     box = make_box("limits: {disk_free_min: 4MiB, reserve_bytes: 1MiB, rescan_every: 200ms}\n", start=False)
     box.state.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m", "agentqd-test", str(box.state)], check=True)
     try:
         box.start()
-        box.append({"task": "runs", "id": "runs", "prompt": f"while ! [ -e {tmp_path}/go ]; do sleep 0.02; done; echo x"})
+        box.append(
+            {
+                "task": "runs",
+                "id": "runs",
+                "prompt": f"while ! [ -e {tmp_path}/go ]; do sleep 0.02; done; echo x",
+            }
+        )
         box.wait_state("runs", "running")
         free = box.status()["disk"]["free_bytes"]
         (box.state / "filler").write_bytes(b"x" * (free - 3 * 2**20))
@@ -245,7 +293,10 @@ def test_a_stuck_supervisor_is_told_and_the_box_goes_on_when_it_wakes(box: RealB
     os.kill(supervisor, signal.SIGSTOP)
     try:
         box.append(*({"task": f"t{n}", "prompt": "echo x"} for n in range(20)))
-        wait_for("their acceptance", lambda: sum(box.status()["tasks"][state] for state in ("queued", "running")) == 20)
+        wait_for(
+            "their acceptance",
+            lambda: sum(box.status()["tasks"][state] for state in ("queued", "running")) == 20,
+        )
         time.sleep(0.1)  # nothing may have happened meanwhile
         assert len(box.results()) == 1
     finally:

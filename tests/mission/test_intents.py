@@ -23,7 +23,11 @@ def holder(box: RealBox, path: Path | str, gate: Path, **more: Any) -> None:
 @pytest.mark.row(62, 63, 64, 80)
 def test_a_conflict_is_refused_before_a_spawn_and_names_task_and_path(box: RealBox, tmp_path: Path) -> None:
     holder(box, tmp_path / "f", tmp_path / "go")
-    status, answer = box.api("POST", "/v1/tasks", {"task": "second", "prompt": f"touch {tmp_path}/ran", "writes_to": [f"{tmp_path}/f"]})
+    status, answer = box.api(
+        "POST",
+        "/v1/tasks",
+        {"task": "second", "prompt": f"touch {tmp_path}/ran", "writes_to": [f"{tmp_path}/f"]},
+    )
     assert (status, answer["error"]) == (409, "write_conflict")
     assert answer["conflicts"] == [{"task_id": "holder", "task": "holder", "path": f"{tmp_path}/f"}]
     done = box.ctl("submit", "--json", "--writes", f"{tmp_path}/f", f"touch {tmp_path}/ran")
@@ -33,9 +37,16 @@ def test_a_conflict_is_refused_before_a_spawn_and_names_task_and_path(box: RealB
 
 
 @pytest.mark.row(62, 63, 80)
-def test_a_conflict_by_file_is_a_finished_task_that_was_refused_and_its_id_is_free_again(box: RealBox, tmp_path: Path) -> None:
+def test_a_conflict_by_file_is_a_finished_task_that_was_refused_and_its_id_is_free_again(
+    box: RealBox, tmp_path: Path
+) -> None:
     holder(box, tmp_path / "f", tmp_path / "go")
-    line = {"task": "second", "id": "second", "prompt": f"touch {tmp_path}/ran; echo x", "writes_to": [f"{tmp_path}/f"]}
+    line = {
+        "task": "second",
+        "id": "second",
+        "prompt": f"touch {tmp_path}/ran; echo x",
+        "writes_to": [f"{tmp_path}/f"],
+    }
     box.append(line)
     told = box.result("second")
     assert (told["status"], told["reason"], told["task_id"]) == ("refused", "write_conflict", "second")
@@ -55,7 +66,17 @@ def test_the_queue_policy_runs_them_one_by_one_in_order(box: RealBox, tmp_path: 
     shared = tmp_path / "shared.txt"
     body = "cp {0} {0}.$AGENTQ_TASK; echo $AGENTQ_TASK >> {0}.$AGENTQ_TASK; sleep 0.1; mv {0}.$AGENTQ_TASK {0}; chmod 600 {0}; echo ok"
     shared.touch()
-    box.append(*({"task": f"t{n}", "prompt": body.format(shared), "writes_to": [str(shared)], "on_conflict": "queue"} for n in range(5)))
+    box.append(
+        *(
+            {
+                "task": f"t{n}",
+                "prompt": body.format(shared),
+                "writes_to": [str(shared)],
+                "on_conflict": "queue",
+            }
+            for n in range(5)
+        )
+    )
     wait_for("5 ends", lambda: len(box.results()) == 5)
     assert shared.read_text().split() == [f"t{n}" for n in range(5)]
 
@@ -63,7 +84,15 @@ def test_the_queue_policy_runs_them_one_by_one_in_order(box: RealBox, tmp_path: 
 @pytest.mark.row(65)
 def test_a_task_that_waits_for_a_place_says_for_whom(box: RealBox, tmp_path: Path) -> None:
     holder(box, tmp_path / "f", tmp_path / "go")
-    box.append({"task": "second", "id": "second", "prompt": "echo x", "writes_to": [f"{tmp_path}/f"], "on_conflict": "queue"})
+    box.append(
+        {
+            "task": "second",
+            "id": "second",
+            "prompt": "echo x",
+            "writes_to": [f"{tmp_path}/f"],
+            "on_conflict": "queue",
+        }
+    )
     shown = box.wait_state("second", "blocked")
     assert (shown["reason"], shown["waiting_for"]["reason"]) == ("write_conflict", "write_conflict")
     assert "holder" in shown["detail"]
@@ -81,8 +110,17 @@ def test_the_warn_policy_admits_both_and_alerts_once(box: RealBox, tmp_path: Pat
 
 
 @pytest.mark.row(67)
-@pytest.mark.parametrize(("config", "states"), [("{}", {"refused"}), ("writes: {on_conflict: queue}", {"blocked"}), ("writes: {on_conflict: warn}", {"success"})])
-def test_the_policy_is_the_deployments_and_refuse_without_one(make_box: MakeBox, tmp_path: Path, config: str, states: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("config", "states"),
+    [
+        ("{}", {"refused"}),
+        ("writes: {on_conflict: queue}", {"blocked"}),
+        ("writes: {on_conflict: warn}", {"success"}),
+    ],
+)
+def test_the_policy_is_the_deployments_and_refuse_without_one(
+    make_box: MakeBox, tmp_path: Path, config: str, states: set[str]
+) -> None:
     box = make_box(config + "\n")
     holder(box, tmp_path / "f", tmp_path / "go")
     box.append({"task": "second", "id": "second", "prompt": "echo x", "writes_to": [f"{tmp_path}/f"]})
@@ -94,18 +132,34 @@ def test_the_policy_is_the_deployments_and_refuse_without_one(make_box: MakeBox,
 def test_claims_and_conflicts_can_be_looked_at(box: RealBox, tmp_path: Path) -> None:
     holder(box, tmp_path / "f", tmp_path / "go")
     for _ in range(3):
-        box.api("POST", "/v1/tasks", {"task": "second", "id": "second", "prompt": "echo x", "writes_to": [f"{tmp_path}/f"]})
+        box.api(
+            "POST",
+            "/v1/tasks",
+            {"task": "second", "id": "second", "prompt": "echo x", "writes_to": [f"{tmp_path}/f"]},
+        )
     (claim,) = box.ctl_json("writes")
-    assert (claim["path"], claim["task_id"], claim["task"], claim["state"]) == (f"{tmp_path}/f", "holder", "holder", "running")
+    assert (claim["path"], claim["task_id"], claim["task"], claim["state"]) == (
+        f"{tmp_path}/f",
+        "holder",
+        "holder",
+        "running",
+    )
     (conflict,) = box.ctl_json("writes", "conflicts")
-    assert (conflict["task_id"], conflict["other_id"], conflict["path"], conflict["count"]) == ("second", "holder", f"{tmp_path}/f", 3)
+    assert (conflict["task_id"], conflict["other_id"], conflict["path"], conflict["count"]) == (
+        "second",
+        "holder",
+        f"{tmp_path}/f",
+        3,
+    )
     (tmp_path / "go").touch()
     box.result("holder")
     assert box.ctl_json("writes") == []
 
 
 @pytest.mark.row(69)
-@pytest.mark.parametrize("end", ["success", "failed", "timeout", "cancelled", "lost", "spawn_failed", "no_work"])
+@pytest.mark.parametrize(
+    "end", ["success", "failed", "timeout", "cancelled", "lost", "spawn_failed", "no_work"]
+)
 def test_every_kind_of_end_releases_its_claim(box: RealBox, tmp_path: Path, end: str) -> None:
     more: dict[str, Any] = {
         "success": {"prompt": "echo x"},
@@ -129,11 +183,15 @@ def test_every_kind_of_end_releases_its_claim(box: RealBox, tmp_path: Path, end:
 
 @pytest.mark.row(69)
 def test_a_claim_is_held_through_backoff_and_over_a_restart(box: RealBox, tmp_path: Path) -> None:
-    box.submit(task="first", id="first", prompt="exit 1", max_attempts=2, backoff=["1h"], writes_to=[f"{tmp_path}/f"])
+    box.submit(
+        task="first", id="first", prompt="exit 1", max_attempts=2, backoff=["1h"], writes_to=[f"{tmp_path}/f"]
+    )
     box.wait_state("first", "retryable")
     box.kill()
     box.start()
-    status, _ = box.api("POST", "/v1/tasks", {"task": "second", "prompt": "echo x", "writes_to": [f"{tmp_path}/f"]})
+    status, _ = box.api(
+        "POST", "/v1/tasks", {"task": "second", "prompt": "echo x", "writes_to": [f"{tmp_path}/f"]}
+    )
     assert status == 409
 
 
@@ -177,7 +235,9 @@ def test_aliases_of_a_path_conflict(box: RealBox, tmp_path: Path, held: str, wan
 
 
 @pytest.mark.row(79)
-@pytest.mark.parametrize(("held", "wanted"), [("d", "d2"), ("d/a", "d/b"), ("d/*.md", "d/a.txt"), ("d/f", "d/f.bak")])
+@pytest.mark.parametrize(
+    ("held", "wanted"), [("d", "d2"), ("d/a", "d/b"), ("d/*.md", "d/a.txt"), ("d/f", "d/f.bak")]
+)
 def test_neighbours_do_not_conflict(box: RealBox, tmp_path: Path, held: str, wanted: str) -> None:
     holder(box, tmp_path / held, tmp_path / "go")
     task = {"task": "second", "prompt": "echo x", "workdir": str(tmp_path), "writes_to": [wanted]}
@@ -198,7 +258,9 @@ def test_file_locks_are_neither_taken_nor_broken(box: RealBox, tmp_path: Path) -
     shared = tmp_path / "f"
     with shared.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        box.append({"task": "polite", "prompt": f"flock -n {shared} true || echo locked", "writes_to": [str(shared)]})
+        box.append(
+            {"task": "polite", "prompt": f"flock -n {shared} true || echo locked", "writes_to": [str(shared)]}
+        )
         assert box.result("polite")["stdout_tail"] == "locked\n"
 
 
@@ -217,14 +279,21 @@ def test_a_claim_of_a_worker_that_dies_with_its_supervisor_comes_free(box: RealB
     box.kill_supervisor()
     box.start()
     assert box.result("holder")["status"] == "lost"
-    assert box.api("POST", "/v1/tasks", {"task": "second", "prompt": "echo x", "writes_to": [f"{tmp_path}/f"]})[0] == 201
+    assert (
+        box.api("POST", "/v1/tasks", {"task": "second", "prompt": "echo x", "writes_to": [f"{tmp_path}/f"]})[
+            0
+        ]
+        == 201
+    )
 
 
 @pytest.mark.row(72)
 def test_claims_survive_kills_of_the_daemon_while_they_are_made(make_box: MakeBox, tmp_path: Path) -> None:
     box = make_box("queues: {default: {paused: true}}\n")
     for n in range(6):
-        box.append(*({"task": f"t{n}-{m}", "prompt": "echo x", "writes_to": [f"{tmp_path}/{n}"]} for m in range(3)))
+        box.append(
+            *({"task": f"t{n}-{m}", "prompt": "echo x", "writes_to": [f"{tmp_path}/{n}"]} for m in range(3))
+        )
         box.kill()
         box.start()
     wait_for("12 refusals", lambda: box.status()["results"]["refused"] == 12)
@@ -233,7 +302,10 @@ def test_claims_survive_kills_of_the_daemon_while_they_are_made(make_box: MakeBo
 
 
 @pytest.mark.row(70)
-@pytest.mark.xfail(strict=True, reason="intent_ttl comes with issue 5: a claim is never released or alerted before its task's end")
+@pytest.mark.xfail(
+    strict=True,
+    reason="intent_ttl comes with issue 5: a claim is never released or alerted before its task's end",
+)
 def test_a_claim_past_its_ttl_beside_a_live_worker_alerts_and_is_kept(box: RealBox, tmp_path: Path) -> None:
     holder(box, tmp_path / "f", tmp_path / "go", intent_ttl="200ms")
     wait_for("the alert", lambda: [event for event in box.events("alert") if "intent" in event["alert"]], 3)

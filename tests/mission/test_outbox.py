@@ -45,22 +45,32 @@ def test_a_finished_task_is_not_a_delivered_one_and_it_shows(make_box: MakeBox, 
     box = make_box(file_sink(away))
     box.append({"task": "done", "id": "done", "prompt": "echo x", "deliver_to": ["archive"]})
     box.wait_state("done", "finished")
-    (row,) = wait_for("a try", lambda: [row for row in rows(box, "done", "archive") if row["state"] == "retryable"])
+    (row,) = wait_for(
+        "a try", lambda: [row for row in rows(box, "done", "archive") if row["state"] == "retryable"]
+    )
     assert row["delivered_at"] is None
     assert str(away) in row["last_error"]
     assert box.status()["sinks"]["archive"]["pending"] == 1
     finished = box.show("done")["finished_at"]
     away.mkdir()
-    (row,) = wait_for("the delivery", lambda: [row for row in rows(box, "done", "archive") if row["state"] == "delivered"])
+    (row,) = wait_for(
+        "the delivery", lambda: [row for row in rows(box, "done", "archive") if row["state"] == "delivered"]
+    )
     assert row["delivered_at"] > finished
     assert box.show("done")["finished_at"] == finished
     (envelope,) = archived(away)
-    assert (envelope["specversion"], envelope["type"], envelope["id"]) == ("1.0", "agentq.task.success", row["delivery_id"])
+    assert (envelope["specversion"], envelope["type"], envelope["id"]) == (
+        "1.0",
+        "agentq.task.success",
+        row["delivery_id"],
+    )
     assert envelope["data"]["task_id"] == "done"
 
 
 @pytest.mark.row(54)
-def test_a_hundred_pending_entries_drain_by_themselves_when_the_sink_is_up_again(make_box: MakeBox, tmp_path: Path) -> None:
+def test_a_hundred_pending_entries_drain_by_themselves_when_the_sink_is_up_again(
+    make_box: MakeBox, tmp_path: Path
+) -> None:
     away = tmp_path / "away"
     box = make_box(file_sink(away, ", backoff_max: 200ms"))
     prompt = "for n in $(seq 100); do echo $n > $AGENTQ_OUTBOX/$n; done; echo x"
@@ -75,9 +85,19 @@ def test_a_hundred_pending_entries_drain_by_themselves_when_the_sink_is_up_again
 
 
 @pytest.mark.row(43, 48)
-def test_a_result_that_is_not_delivered_in_time_alerts_and_names_its_sink(make_box: MakeBox, tmp_path: Path) -> None:
+def test_a_result_that_is_not_delivered_in_time_alerts_and_names_its_sink(
+    make_box: MakeBox, tmp_path: Path
+) -> None:
     box = make_box(file_sink(tmp_path / "away"))
-    box.append({"task": "stuck", "id": "stuck", "prompt": "echo x", "deliver_to": ["archive"], "deliver_within": "100ms"})
+    box.append(
+        {
+            "task": "stuck",
+            "id": "stuck",
+            "prompt": "echo x",
+            "deliver_to": ["archive"],
+            "deliver_within": "100ms",
+        }
+    )
     alert = wait_for("the alert", lambda: box.alerts("undelivered"))[0]
     assert "archive" in alert["message"]
     assert alert["task"] == "stuck"
@@ -116,7 +136,9 @@ def test_an_entry_is_delivered_while_its_worker_goes_on(box: RealBox, tmp_path: 
     box.append({"task": "goes on", "id": "g", "prompt": prompt})
     (entry,) = wait_for("the entry", lambda: box.entries("goes on"))
     assert entry["content"] == "early\n"
-    assert {"task_id", "name", "attempt", "key", "content", "seq", "delivery_id", "type", "pulled"} <= set(entry)
+    assert {"task_id", "name", "attempt", "key", "content", "seq", "delivery_id", "type", "pulled"} <= set(
+        entry
+    )
     assert "status" not in entry
     assert box.show("g")["state"] == "running"
     assert alive(started(tmp_path / "pid"))
@@ -139,7 +161,9 @@ def test_a_file_that_is_still_open_for_writing_is_not_taken(make_box: MakeBox, t
 
 
 @pytest.mark.row(52, 28)
-def test_what_was_handed_over_while_the_daemon_was_down_is_taken_at_its_start(box: RealBox, tmp_path: Path) -> None:
+def test_what_was_handed_over_while_the_daemon_was_down_is_taken_at_its_start(
+    box: RealBox, tmp_path: Path
+) -> None:
     prompt = f"echo $$ > {tmp_path}/pid; while ! [ -e {tmp_path}/go ]; do sleep 0.02; done; echo a > $AGENTQ_OUTBOX/a; touch {tmp_path}/wrote; sleep 300"
     box.append({"task": "alone", "prompt": prompt})
     worker = started(tmp_path / "pid")
@@ -153,7 +177,9 @@ def test_what_was_handed_over_while_the_daemon_was_down_is_taken_at_its_start(bo
 
 
 @pytest.mark.row(52, 55)
-def test_after_a_kill_only_a_json_that_parses_counts_and_the_rest_is_told(box: RealBox, tmp_path: Path) -> None:
+def test_after_a_kill_only_a_json_that_parses_counts_and_the_rest_is_told(
+    box: RealBox, tmp_path: Path
+) -> None:
     prompt = f"""
 cd $AGENTQ_OUTBOX; exec 3> a.json 4> b.json 5> c.txt 6> d.bin
 printf '{{"whole": 1}}' >&3; printf '{{"half": ' >&4; printf 'text' >&5; printf '\\377' >&6
@@ -167,7 +193,15 @@ echo $$ > {tmp_path}/pid; sleep 300
     dead = {row["key"]: row for row in box.show("cut")["outbox"] if row["state"] == "dead"}
     assert set(dead) == {"b.json", "c.txt", "d.bin"}
     assert {row["last_error"] for row in dead.values()} == {"incomplete"}
-    assert len(wait_for("3 alerts", lambda: len(box.alerts("entry_incomplete")) == 3 and box.alerts("entry_incomplete"))) == 3
+    assert (
+        len(
+            wait_for(
+                "3 alerts",
+                lambda: len(box.alerts("entry_incomplete")) == 3 and box.alerts("entry_incomplete"),
+            )
+        )
+        == 3
+    )
 
 
 @pytest.mark.row(52, 56)
@@ -178,11 +212,15 @@ echo whole > $AGENTQ_OUTBOX/r.txt
 """
     box.append({"task": "again", "prompt": prompt, "max_attempts": 2, "backoff": ["10ms"]})
     assert box.result("again")["status"] == "success"
-    assert [(entry["key"], entry["content"], entry["attempt"]) for entry in box.entries("again")] == [("r.txt", "whole\n", 2)]
+    assert [(entry["key"], entry["content"], entry["attempt"]) for entry in box.entries("again")] == [
+        ("r.txt", "whole\n", 2)
+    ]
 
 
 @pytest.mark.row(55)
-def test_a_malformed_entry_among_good_ones_is_set_aside_told_and_blocks_nothing(make_box: MakeBox, tmp_path: Path) -> None:
+def test_a_malformed_entry_among_good_ones_is_set_aside_told_and_blocks_nothing(
+    make_box: MakeBox, tmp_path: Path
+) -> None:
     box = make_box(file_sink(tmp_path))
     prompt = r"""
 cd $AGENTQ_OUTBOX
@@ -227,10 +265,21 @@ echo '{"deliver_to": ["archive"], "to": "a@b.c", "subject": "hi", "body": "text"
 
 
 @pytest.mark.row(56, 47)
-def test_a_retried_task_that_writes_the_same_reply_again_sends_it_once(make_box: MakeBox, tmp_path: Path) -> None:
+def test_a_retried_task_that_writes_the_same_reply_again_sends_it_once(
+    make_box: MakeBox, tmp_path: Path
+) -> None:
     box = make_box(file_sink(tmp_path))
     prompt = "echo same > $AGENTQ_OUTBOX/a.txt; echo $AGENTQ_ATTEMPT > $AGENTQ_OUTBOX/b.txt; [ $AGENTQ_ATTEMPT = 3 ]"
-    box.append({"task": "thrice", "id": "t", "prompt": prompt, "max_attempts": 3, "backoff": ["10ms"], "deliver_to": ["archive"]})
+    box.append(
+        {
+            "task": "thrice",
+            "id": "t",
+            "prompt": prompt,
+            "max_attempts": 3,
+            "backoff": ["10ms"],
+            "deliver_to": ["archive"],
+        }
+    )
     box.result("thrice")
     wait_for("3 deliveries", lambda: len(archived(tmp_path)) == 3)
     sent = [(entry["data"].get("key"), entry["data"].get("content")) for entry in archived(tmp_path)]
@@ -244,7 +293,16 @@ def test_delivery_goes_on_after_its_worker_has_timed_out(make_box: MakeBox, tmp_
     away = tmp_path / "away"
     box = make_box(file_sink(away))
     prompt = "echo r > $AGENTQ_OUTBOX/r; echo half; sleep 300"
-    box.append({"task": "late", "id": "late", "prompt": prompt, "run_timeout": "500ms", "kill_grace": "100ms", "deliver_to": ["archive"]})
+    box.append(
+        {
+            "task": "late",
+            "id": "late",
+            "prompt": prompt,
+            "run_timeout": "500ms",
+            "kill_grace": "100ms",
+            "deliver_to": ["archive"],
+        }
+    )
     assert box.result("late")["status"] == "timeout"
     assert not archived(away)
     away.mkdir()
@@ -272,11 +330,15 @@ def test_a_daemon_killed_in_mid_batch_picks_up_where_it_stopped(make_box: MakeBo
 
 
 @pytest.mark.row(31, 57)
-def test_a_receiver_that_loses_its_first_answer_gets_the_same_id_again(make_box: MakeBox, tmp_path: Path) -> None:
+def test_a_receiver_that_loses_its_first_answer_gets_the_same_id_again(
+    make_box: MakeBox, tmp_path: Path
+) -> None:
     body = f'cat >> {tmp_path}/bodies; echo >> {tmp_path}/bodies; echo "$AGENTQ_DELIVERY_ID" >> {tmp_path}/heard; [ $(wc -l < {tmp_path}/heard) -ge 3 ]'
     box = make_box(command_sink(tmp_path / "tell.sh", body))
     box.append({"task": "told", "id": "told", "prompt": "echo x", "deliver_to": ["tell"]})
-    (row,) = wait_for("the delivery", lambda: [row for row in rows(box, "told", "tell") if row["state"] == "delivered"])
+    (row,) = wait_for(
+        "the delivery", lambda: [row for row in rows(box, "told", "tell") if row["state"] == "delivered"]
+    )
     assert row["attempts"] == 3
     assert (tmp_path / "heard").read_text().split() == [row["delivery_id"]] * 3
     bodies = [line for line in (tmp_path / "bodies").read_text().splitlines() if line]
@@ -288,11 +350,17 @@ def test_a_receiver_that_loses_its_first_answer_gets_the_same_id_again(make_box:
 
 
 @pytest.mark.row(57, 61)
-def test_a_rejected_delivery_is_a_dead_letter_that_alerts_and_a_person_sends_again_with_its_id(make_box: MakeBox, tmp_path: Path) -> None:
-    body = f'cat > /dev/null; echo "$AGENTQ_DELIVERY_ID" >> {tmp_path}/heard; [ -e {tmp_path}/up ] || exit 100'
+def test_a_rejected_delivery_is_a_dead_letter_that_alerts_and_a_person_sends_again_with_its_id(
+    make_box: MakeBox, tmp_path: Path
+) -> None:
+    body = (
+        f'cat > /dev/null; echo "$AGENTQ_DELIVERY_ID" >> {tmp_path}/heard; [ -e {tmp_path}/up ] || exit 100'
+    )
     box = make_box(command_sink(tmp_path / "tell.sh", body))
     box.append({"task": "unwanted", "id": "u", "prompt": "echo x", "deliver_to": ["tell"]})
-    (row,) = wait_for("the dead letter", lambda: [row for row in rows(box, "u", "tell") if row["state"] == "dead"])
+    (row,) = wait_for(
+        "the dead letter", lambda: [row for row in rows(box, "u", "tell") if row["state"] == "dead"]
+    )
     wait_for("the alert", lambda: box.alerts("dead_letter"))
     assert box.ctl_json("outbox", "list", "--state", "dead")[0]["delivery_id"] == row["delivery_id"]
     (tmp_path / "up").touch()
@@ -305,7 +373,9 @@ def test_a_rejected_delivery_is_a_dead_letter_that_alerts_and_a_person_sends_aga
 def test_a_dropped_letter_is_kept_and_never_sent(make_box: MakeBox, tmp_path: Path) -> None:
     box = make_box(file_sink(tmp_path / "away"))
     box.append({"task": "dropped", "id": "d", "prompt": "echo x", "deliver_to": ["archive"]})
-    (row,) = wait_for("a try", lambda: [row for row in rows(box, "d", "archive") if row["state"] == "retryable"])
+    (row,) = wait_for(
+        "a try", lambda: [row for row in rows(box, "d", "archive") if row["state"] == "retryable"]
+    )
     assert box.ctl("outbox", "drop", row["delivery_id"], "--sink", "archive").returncode == 0
     (tmp_path / "away").mkdir()
     box.append({"task": "next", "id": "n", "prompt": "echo x", "deliver_to": ["archive"]})
@@ -318,13 +388,18 @@ def test_a_dropped_letter_is_kept_and_never_sent(make_box: MakeBox, tmp_path: Pa
 def test_a_sinks_lifetime_ends_in_a_dead_letter(make_box: MakeBox, tmp_path: Path) -> None:
     box = make_box(file_sink(tmp_path / "away", ", lifetime: 300ms"))
     box.append({"task": "dies", "id": "d", "prompt": "echo x", "deliver_to": ["archive"]})
-    wait_for("the dead letter", lambda: rows(box, "d", "archive") and rows(box, "d", "archive")[0]["state"] == "dead")
+    wait_for(
+        "the dead letter",
+        lambda: rows(box, "d", "archive") and rows(box, "d", "archive")[0]["state"] == "dead",
+    )
     wait_for("the alert", lambda: box.alerts("dead_letter"))
 
 
 @pytest.mark.row(57, 50)
 def test_a_sink_that_hangs_delays_no_other(make_box: MakeBox, tmp_path: Path) -> None:
-    config = command_sink(tmp_path / "tell.sh", "cat > /dev/null; sleep 300", ", timeout: 100s, concurrency: 1")
+    config = command_sink(
+        tmp_path / "tell.sh", "cat > /dev/null; sleep 300", ", timeout: 100s, concurrency: 1"
+    )
     box = make_box(config + file_sink(tmp_path).removeprefix("sinks:\n"))
     box.append(*({"task": f"t{n}", "prompt": "echo x", "deliver_to": ["tell", "archive"]} for n in range(5)))
     wait_for("5 in the archive", lambda: len(archived(tmp_path)) == 5, 10)
@@ -332,13 +407,18 @@ def test_a_sink_that_hangs_delays_no_other(make_box: MakeBox, tmp_path: Path) ->
 
 
 @pytest.mark.row(61)
-def test_retry_of_a_task_is_a_new_run_with_a_new_result_and_sends_no_delivered_entry_again(make_box: MakeBox, tmp_path: Path) -> None:
+def test_retry_of_a_task_is_a_new_run_with_a_new_result_and_sends_no_delivered_entry_again(
+    make_box: MakeBox, tmp_path: Path
+) -> None:
     box = make_box(file_sink(tmp_path))
     prompt = "echo r > $AGENTQ_OUTBOX/reply; echo more > $AGENTQ_OUTBOX/at-$AGENTQ_ATTEMPT; echo done"
     box.append({"task": "twice", "id": "t", "prompt": prompt, "deliver_to": ["archive"]})
     first = box.result("twice")
     assert box.ctl("retry", "t").returncode == 0
-    second = wait_for("the second result", lambda: box.results()["twice"] if box.results()["twice"]["seq"] != first["seq"] else None)
+    second = wait_for(
+        "the second result",
+        lambda: box.results()["twice"] if box.results()["twice"]["seq"] != first["seq"] else None,
+    )
     wait_for("all", lambda: len(archived(tmp_path)) == 5)
     assert second["delivery_id"] != first["delivery_id"]
     assert (second["run"], second["attempt"]) == (2, 2)
@@ -349,7 +429,10 @@ def test_retry_of_a_task_is_a_new_run_with_a_new_result_and_sends_no_delivered_e
 
 @pytest.mark.row(60)
 def test_every_kind_of_end_is_delivered(make_box: MakeBox, tmp_path: Path) -> None:
-    box = make_box(file_sink(tmp_path) + "queues: {shut: {paused: true}}\ndefaults: {deliver_to: [archive], kill_grace: 100ms}\n")
+    box = make_box(
+        file_sink(tmp_path)
+        + "queues: {shut: {paused: true}}\ndefaults: {deliver_to: [archive], kill_grace: 100ms}\n"
+    )
     lost = {"task": "lost", "prompt": f"echo $$ > {tmp_path}/pid; sleep 300"}
     box.append(lost)
     started(tmp_path / "pid")
@@ -368,25 +451,53 @@ def test_every_kind_of_end_is_delivered(make_box: MakeBox, tmp_path: Path) -> No
     )
     wait_for("it waits", lambda: box.show("c").get("state") == "queued")
     box.api("POST", "/v1/tasks/c/cancel", {})
-    names = ["success", "failed", "timeout", "cancelled", "lost", "expired", "refused", "spawn_failed", "no_work"]
+    names = [
+        "success",
+        "failed",
+        "timeout",
+        "cancelled",
+        "lost",
+        "expired",
+        "refused",
+        "spawn_failed",
+        "no_work",
+    ]
     for name in names:
         told = box.result(name)
         assert told["status"] == name
-        assert {"task_id", "reason", "attempt", "exit_code", "signal", "submitted_at", "started_at", "completed_at", "duration_s"} <= set(told)
-    wait_for("all", lambda: {entry["type"] for entry in archived(tmp_path)} == {f"agentq.task.{name}" for name in names})
+        assert {
+            "task_id",
+            "reason",
+            "attempt",
+            "exit_code",
+            "signal",
+            "submitted_at",
+            "started_at",
+            "completed_at",
+            "duration_s",
+        } <= set(told)
+    wait_for(
+        "all",
+        lambda: {entry["type"] for entry in archived(tmp_path)} == {f"agentq.task.{name}" for name in names},
+    )
 
 
 @pytest.mark.row(49)
-def test_an_end_and_its_outbox_row_are_in_one_transaction(make_box: MakeBox, tmp_path: Path) -> None:
-    """Stopped right before it commits, and killed there: after the restart there is one result; never an end without its row."""
-    box = make_box(file_sink(tmp_path))
-    for n in range(8):
-        box.append({"task": f"t{n}", "id": f"t{n}", "prompt": "echo x", "deliver_to": ["archive"]})
-        if n % 2:
-            wait_for("a start", lambda n=n: box.show(f"t{n}").get("state"))
-            box.kill()
-            box.start()
-            for task in box.api("GET", "/v1/tasks?state=finished")[1]["tasks"]:
-                assert len(box.show(task["id"])["outbox"]) == 2
-    wait_for("8 results", lambda: len({entry["id"] for entry in archived(tmp_path)}) == 8)
-    assert len(box.results()) == 8
+def test_an_end_and_its_outbox_rows_are_in_one_transaction(make_box: MakeBox, tmp_path: Path) -> None:
+    """Killed the moment the end is recorded: its rows are recorded too."""
+    box = make_box(file_sink(tmp_path), start=False)
+    box.append(
+        {"task": "one", "id": "one", "prompt": "echo x; echo e > $AGENTQ_OUTBOX/e", "deliver_to": ["archive"]}
+    )
+    box.env = {"AGENTQD_FAILPOINT": "end_recorded:kill"}
+    box.start(wait=False)
+    assert box.daemon is not None
+    assert box.daemon.wait(30) == -signal.SIGKILL
+    box.daemon, box.env = None, {}
+    box.start()
+    assert box.show("one")["state"] == "finished"
+    wait_for(
+        "both, everywhere", lambda: [row["state"] for row in box.show("one")["outbox"]] == ["delivered"] * 4
+    )
+    assert [entry["type"] for entry in archived(tmp_path)] == ["agentq.task.entry", "agentq.task.success"]
+    assert len(box.completions()) == 2

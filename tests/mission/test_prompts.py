@@ -40,7 +40,10 @@ def test_a_prompt_ref_that_leads_out_of_its_root_is_refused(box: RealBox, marked
 
 
 @pytest.mark.row(6)
-@pytest.mark.parametrize(("content", "reason"), [(b"", "empty_prompt"), (b" \n\t\n", "empty_prompt"), (b"\xff\xfe", "prompt_not_text")])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", "empty_prompt"), (b" \n\t\n", "empty_prompt"), (b"\xff\xfe", "prompt_not_text")],
+)
 def test_a_prompt_file_without_a_prompt_is_refused(box: RealBox, content: bytes, reason: str) -> None:
     (box.state / "prompts" / "p").write_bytes(content)
     box.append({"task": "odd", "prompt_ref": "p"})
@@ -102,7 +105,12 @@ def test_a_prompt_is_given_by_stdin_argument_or_file_as_its_runner_says(make_box
         "  arg: {command: [echo, got], prompt: argument}\n"
         "  file: {command: [cat, '{prompt_file}'], prompt: file}\n"
     )
-    box.append(*({"task": name, "runner": name, "prompt": "the $words; {prompt_file}"} for name in ("in", "arg", "file")))
+    box.append(
+        *(
+            {"task": name, "runner": name, "prompt": "the $words; {prompt_file}"}
+            for name in ("in", "arg", "file")
+        )
+    )
     assert box.result("in")["stdout_tail"] == "the $words; {prompt_file}"
     assert box.result("arg")["stdout_tail"] == "got the $words; {prompt_file}\n"
     assert box.result("file")["stdout_tail"] == "the $words; {prompt_file}"

@@ -137,7 +137,9 @@ def test_eight_writers_and_two_readers_never_see_a_torn_record(box: RealBox) -> 
     readers = [threading.Thread(target=read, args=(lines,)) for lines in seen]
     for reader in readers:
         reader.start()
-    script = """for n in 1 2 3 4 5; do printf '{"task":"w%s","prompt":"echo %s"}\\n' "$2" "$n" >> "$1"; done"""
+    script = (
+        """for n in 1 2 3 4 5; do printf '{"task":"w%s","prompt":"echo %s"}\\n' "$2" "$n" >> "$1"; done"""
+    )
     writers = [subprocess.Popen(["sh", "-c", script, "sh", str(box.queue_file), str(n)]) for n in range(8)]
     assert [each.wait(30) for each in writers] == [0] * 8
     wait_for("40 results", lambda: len(box.completions()) == 40)
@@ -157,7 +159,9 @@ def test_eight_writers_and_two_readers_never_see_a_torn_record(box: RealBox) -> 
 def test_long_lines_of_every_kind_of_writer_lose_nothing_but_a_torn_line_itself(make_box: MakeBox) -> None:
     box = make_box(PAUSED)
     sizes = [20 * 1024, 300 * 1024, 20 * 1024, 300 * 1024, 20 * 1024, 300 * 1024]
-    writers = [writer(kind, box, f"{kind}{n}", size, 2) for kind in ("raw", "shell") for n, size in enumerate(sizes)]
+    writers = [
+        writer(kind, box, f"{kind}{n}", size, 2) for kind in ("raw", "shell") for n, size in enumerate(sizes)
+    ]
     clients = []
     for n, size in enumerate(sizes):
         lines = [json.dumps({"task": f"cli{n}", "id": f"cli{n}-{m}", "prompt": "x" * size}) for m in range(2)]
@@ -331,20 +335,37 @@ def test_another_way_to_write_the_same_content_is_no_conflict(box: RealBox) -> N
     (box.state / "prompts" / "p").write_text("echo same")
     box.append({"task": "one", "id": "x", "prompt": "echo same", "timeout": "2m"})
     box.result("one")
-    answer = box.submit(run_timeout=120, prompt_ref="p", id="x", task="one", submitted_at="2026-01-01T00:00:00Z")
+    answer = box.submit(
+        run_timeout=120, prompt_ref="p", id="x", task="one", submitted_at="2026-01-01T00:00:00Z"
+    )
     assert (answer["task_id"], answer["duplicate"], answer["result"]) == ("x", True, "success")
 
 
 @pytest.mark.row(30)
-def test_a_replay_inside_the_ttl_returns_the_first_id_and_after_it_runs_anew(box: RealBox, tmp_path: Path) -> None:
-    task = {"task": "again", "id": "a1", "prompt": f"echo x >> {tmp_path}/runs; echo ok", "dedup_ttl": "1500ms"}
+def test_a_replay_inside_the_ttl_returns_the_first_id_and_after_it_runs_anew(
+    box: RealBox, tmp_path: Path
+) -> None:
+    task = {
+        "task": "again",
+        "id": "a1",
+        "prompt": f"echo x >> {tmp_path}/runs; echo ok",
+        "dedup_ttl": "1500ms",
+    }
     first = box.submit(**task)
     assert first.pop("state") in {"queued", "running"}
     assert first == {"task_id": "a1", "result": None, "duplicate": False, "where": "accepted"}
     box.result("again")
     replay = box.submit(**task)
-    assert replay == {"task_id": "a1", "state": "finished", "result": "success", "duplicate": True, "where": "accepted"}
-    new = wait_for("the ttl to pass", lambda: next((a for a in [box.submit(**task)] if not a["duplicate"]), None))
+    assert replay == {
+        "task_id": "a1",
+        "state": "finished",
+        "result": "success",
+        "duplicate": True,
+        "where": "accepted",
+    }
+    new = wait_for(
+        "the ttl to pass", lambda: next((a for a in [box.submit(**task)] if not a["duplicate"]), None)
+    )
     assert new["task_id"] == "a1-2"
     assert box.wait_state("a1-2", "finished")["result"] == "success"
     assert box.submit(**task)["task_id"] == "a1-2"
@@ -427,7 +448,12 @@ def test_a_line_starts_its_worker_within_milliseconds(make_box: MakeBox, tmp_pat
     box = make_box(NO_RESCAN)
     waits = []
     for n in range(12):
-        box.append({"task": f"t{n}", "prompt": f"date +%s.%N > {tmp_path}/{n}.tmp; mv {tmp_path}/{n}.tmp {tmp_path}/{n}; echo"})
+        box.append(
+            {
+                "task": f"t{n}",
+                "prompt": f"date +%s.%N > {tmp_path}/{n}.tmp; mv {tmp_path}/{n}.tmp {tmp_path}/{n}; echo",
+            }
+        )
         closed = time.time()
         wait_for("its start", (tmp_path / f"{n}").exists)
         waits.append(float((tmp_path / f"{n}").read_text()) - closed)
@@ -455,7 +481,9 @@ def test_a_file_cut_and_written_anew_on_the_same_inode_is_read_again_and_alerts(
         file.truncate(0)
     box.append({"task": "new", "prompt": "echo x"}, {"task": "old", "id": "old", "prompt": "echo x"})
     assert box.result("new")["status"] == "success"
-    wait_for("the alert", lambda: [event for event in box.events("alert") if event["alert"].startswith("queue_")])
+    wait_for(
+        "the alert", lambda: [event for event in box.events("alert") if event["alert"].startswith("queue_")]
+    )
     assert [line["name"] for line in box.completions()] == ["old", "new"]
 
 
@@ -522,12 +550,14 @@ def test_a_lock_on_the_queue_file_stops_nobody(box: RealBox) -> None:
 
 @pytest.mark.row(38)
 def test_an_append_at_a_random_moment_of_the_start_is_never_missed(make_box: MakeBox) -> None:
+    began = time.monotonic()
     box = make_box(PAUSED + NO_RESCAN)
+    start_s = time.monotonic() - began
     draw = random.Random(38)
     for n in range(10):
         box.kill()
         box.start(wait=False)
-        time.sleep(draw.uniform(0.05, 0.6))  # the random moment itself
+        time.sleep(start_s * draw.uniform(0.3, 1.4))  # the random moment itself
         box.append({"task": "t", "id": f"t{n}", "prompt": "p"})
         wait_for("the daemon", (box.runtime / "agentqd.sock").exists)
         wait_for(f"append {n}", lambda n=n: seen(box, n + 1), 10)

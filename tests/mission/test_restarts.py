@@ -30,7 +30,7 @@ def test_a_worker_outlives_its_daemon_and_keeps_pid_output_and_status(box: RealB
         box.kill()
         assert alive(worker)
         box.start()
-        assert box.wait_state("lives", "running")["pid"] == worker
+        assert wait_for("its pid", lambda: box.wait_state("lives", "running")["pid"]) == worker
     (tmp_path / "go").touch()
     told = box.result("lives")
     assert (told["status"], told["exit_code"], told["stdout_tail"]) == ("failed", 7, "before\nafter\n")
@@ -40,7 +40,12 @@ def test_a_worker_outlives_its_daemon_and_keeps_pid_output_and_status(box: RealB
 
 @pytest.mark.row(14, 28)
 def test_an_end_while_the_daemon_is_away_is_found_and_delivered(box: RealBox, tmp_path: Path) -> None:
-    box.append({"task": "ends", "prompt": f"echo $$ > {tmp_path}/pid; while ! [ -e {tmp_path}/go ]; do sleep 0.02; done; echo fin; exit 3"})
+    box.append(
+        {
+            "task": "ends",
+            "prompt": f"echo $$ > {tmp_path}/pid; while ! [ -e {tmp_path}/go ]; do sleep 0.02; done; echo fin; exit 3",
+        }
+    )
     worker = started(tmp_path / "pid")
     box.kill()
     (tmp_path / "go").touch()
@@ -66,7 +71,16 @@ def test_a_worker_lost_with_its_supervisor_is_never_a_success_and_on_lost_says_w
     box: RealBox, tmp_path: Path, on_lost: str
 ) -> None:
     prompt = f"echo $$ > {tmp_path}/pid-$AGENTQ_ATTEMPT; [ $AGENTQ_ATTEMPT = 2 ] || sleep 300; echo second"
-    box.append({"task": "lost", "id": "lost", "prompt": prompt, "on_lost": on_lost, "kill_grace": "200ms", "backoff": "100ms"})
+    box.append(
+        {
+            "task": "lost",
+            "id": "lost",
+            "prompt": prompt,
+            "on_lost": on_lost,
+            "kill_grace": "200ms",
+            "backoff": "100ms",
+        }
+    )
     worker = started(tmp_path / "pid-1")
     box.kill_supervisor()
     wait_for("the alert", lambda: box.alerts("lost"))
@@ -109,7 +123,9 @@ echo $$ > {tmp_path}/pid-$AGENTQ_ATTEMPT
 [ $AGENTQ_ATTEMPT = 1 ] && {{ (trap '' TERM; setsid sleep 1.5); sleep 300; }}
 echo second
 """
-    box.append({"task": "one", "prompt": prompt, "on_lost": "requeue", "kill_grace": "300ms", "backoff": ["1ms"]})
+    box.append(
+        {"task": "one", "prompt": prompt, "on_lost": "requeue", "kill_grace": "300ms", "backoff": ["1ms"]}
+    )
     started(tmp_path / "pid-1")
     box.kill_supervisor()
     told = box.result("one")
@@ -118,10 +134,19 @@ echo second
 
 
 @pytest.mark.row(11)
-def test_a_supervisor_killed_while_it_starts_workers_leaves_no_half_folder_and_runs_none_twice(box: RealBox, tmp_path: Path) -> None:
+def test_a_supervisor_killed_while_it_starts_workers_leaves_no_half_folder_and_runs_none_twice(
+    box: RealBox, tmp_path: Path
+) -> None:
     draw = random.Random(11)
     for n in range(30):
-        box.append({"task": f"t{n}", "prompt": f"echo x >> {tmp_path}/$AGENTQ_TASK.$AGENTQ_ATTEMPT; echo ok", "on_lost": "requeue", "backoff": "10ms"})
+        box.append(
+            {
+                "task": f"t{n}",
+                "prompt": f"echo x >> {tmp_path}/$AGENTQ_TASK.$AGENTQ_ATTEMPT; echo ok",
+                "on_lost": "requeue",
+                "backoff": "10ms",
+            }
+        )
         if n % 5 == 4:
             wait_for("a supervisor", lambda: box.status()["supervisor"])
             time.sleep(draw.uniform(0, 0.05))  # the random moment itself
@@ -150,7 +175,9 @@ def test_the_half_folders_of_a_crash_are_cleared_away_and_never_run(make_box: Ma
 
 
 @pytest.mark.row(11)
-def test_an_attempt_that_somebody_has_started_before_is_never_run_again(make_box: MakeBox, tmp_path: Path) -> None:
+def test_an_attempt_that_somebody_has_started_before_is_never_run_again(
+    make_box: MakeBox, tmp_path: Path
+) -> None:
     box = make_box("queues: {default: {paused: true}}\n")
     box.submit(task="begun", id="begun", prompt=f"touch {tmp_path}/ran; echo x")
     folder = box.state / "tasks/begun/attempt-1"
@@ -184,7 +211,12 @@ for n in range(2000):
 @pytest.mark.row(28, 49, 22)
 def test_results_survive_kills_of_the_daemon_and_none_is_doubled(box: RealBox, tmp_path: Path) -> None:
     for n in range(60):
-        box.append({"task": f"t{n}", "prompt": f"echo x >> {tmp_path}/t{n}; echo ok; echo r{n} > $AGENTQ_OUTBOX/reply"})
+        box.append(
+            {
+                "task": f"t{n}",
+                "prompt": f"echo x >> {tmp_path}/t{n}; echo ok; echo r{n} > $AGENTQ_OUTBOX/reply",
+            }
+        )
         if n % 6 == 5:
             box.kill()
             box.start()
@@ -197,9 +229,34 @@ def test_results_survive_kills_of_the_daemon_and_none_is_doubled(box: RealBox, t
     assert box.ctl("audit", "verify").returncode == 0
 
 
+@pytest.mark.row(28)
+def test_a_result_that_was_written_but_not_yet_marked_is_read_back_and_not_doubled(make_box: MakeBox) -> None:
+    box = make_box(start=False)
+    box.append({"task": "one", "id": "one", "prompt": "echo x"})
+    box.env = {"AGENTQD_FAILPOINT": "receiver_answered:kill"}
+    box.start(wait=False)
+    assert box.daemon is not None
+    assert box.daemon.wait(30) == -signal.SIGKILL
+    assert [line["name"] for line in box.completions()] == ["one"]
+    box.daemon, box.env = None, {}
+    box.start()
+    box.append({"task": "two", "prompt": "echo x"})
+    box.result("two")
+    assert [(line["name"], line["seq"]) for line in box.completions()] == [("one", 1), ("two", 2)]
+    wait_for("its mark", lambda: [row["state"] for row in box.show("one")["outbox"]] == ["delivered"])
+
+
 @pytest.mark.row(32, 36)
 def test_a_second_daemon_is_refused_with_the_pid_of_the_first(box: RealBox) -> None:
-    command = [sys.executable, "-m", "agentqd.daemon", "--state-dir", str(box.state), "--runtime-dir", str(box.runtime)]
+    command = [
+        sys.executable,
+        "-m",
+        "agentqd.daemon",
+        "--state-dir",
+        str(box.state),
+        "--runtime-dir",
+        str(box.runtime),
+    ]
     second = subprocess.run(command, capture_output=True, timeout=30, check=False)
     assert second.returncode == 1
     assert f"pid {box.daemon_pid()}" in second.stderr.decode()
@@ -210,7 +267,15 @@ def test_a_second_daemon_is_refused_with_the_pid_of_the_first(box: RealBox) -> N
 @pytest.mark.row(32)
 def test_a_second_daemon_is_refused_even_when_the_lock_file_was_moved_away(box: RealBox) -> None:
     (box.state / "agentqd.lock").rename(box.state / "was.lock")  # whoever does this breaks the lock
-    command = [sys.executable, "-m", "agentqd.daemon", "--state-dir", str(box.state), "--runtime-dir", str(box.runtime)]
+    command = [
+        sys.executable,
+        "-m",
+        "agentqd.daemon",
+        "--state-dir",
+        str(box.state),
+        "--runtime-dir",
+        str(box.runtime),
+    ]
     second = subprocess.run(command, capture_output=True, timeout=30, check=False)
     assert second.returncode == 1
     box.append({"task": "still", "prompt": "echo x"})
@@ -218,13 +283,30 @@ def test_a_second_daemon_is_refused_even_when_the_lock_file_was_moved_away(box: 
 
 
 @pytest.mark.row(33, 34)
-def test_a_large_entry_is_synced_renamed_and_its_folder_synced_before_the_journal_commits_it(box: RealBox, tmp_path: Path) -> None:
+def test_a_large_entry_is_synced_renamed_and_its_folder_synced_before_the_journal_commits_it(
+    box: RealBox, tmp_path: Path
+) -> None:
     trace = tmp_path / "trace"
-    words = ["strace", "-f", "-y", "-s", "200", "-o", str(trace), "-e", "trace=fsync,fdatasync,rename,renameat2"]
+    words = [
+        "strace",
+        "-f",
+        "-y",
+        "-s",
+        "200",
+        "-o",
+        str(trace),
+        "-e",
+        "trace=fsync,fdatasync,rename,renameat2",
+    ]
     with subprocess.Popen([*words, "-p", str(box.daemon_pid())], stderr=subprocess.PIPE) as strace:
         assert strace.stderr is not None
         strace.stderr.readline()  # attached
-        box.append({"task": "big", "prompt": "head -c 400000 /dev/zero | tr '\\0' x > $AGENTQ_OUTBOX/.t; mv $AGENTQ_OUTBOX/.t $AGENTQ_OUTBOX/big; sleep 0.3; echo x"})
+        box.append(
+            {
+                "task": "big",
+                "prompt": "head -c 400000 /dev/zero | tr '\\0' x > $AGENTQ_OUTBOX/.t; mv $AGENTQ_OUTBOX/.t $AGENTQ_OUTBOX/big; sleep 0.3; echo x",
+            }
+        )
         (entry,) = wait_for("the entry", lambda: box.entries("big"))
         strace.send_signal(signal.SIGINT)
     calls = trace.read_text().splitlines()
@@ -271,7 +353,15 @@ from agentqd.daemon import folders, main
 folders.file_system_of = lambda path: "nfs4"
 sys.exit(main.main(sys.argv[1:]))
 """
-    command = [sys.executable, "-c", script, "--state-dir", str(tmp_path / "state"), "--runtime-dir", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        "--state-dir",
+        str(tmp_path / "state"),
+        "--runtime-dir",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(command, capture_output=True, timeout=30, check=False)
     assert done.returncode == 1
     assert "network file system (nfs4)" in done.stderr.decode()
@@ -292,16 +382,34 @@ def test_what_waits_outlives_both_sides(make_box: MakeBox) -> None:
     wait_for("5 ends", lambda: len(box.results()) == 5)
     box.kill()
     box.start()
-    assert [json.loads(line)["name"] for line in box.ctl("pull").stdout.splitlines()] == [line["name"] for line in box.completions()]
+    assert [json.loads(line)["name"] for line in box.ctl("pull").stdout.splitlines()] == [
+        line["name"] for line in box.completions()
+    ]
 
 
 @pytest.mark.row(14)
 def test_stop_workers_ends_them_too(make_box: MakeBox, tmp_path: Path) -> None:
     box = make_box(start=False)
-    command = [sys.executable, "-m", "agentqd.daemon", "--stop-workers", "--state-dir", str(box.state), "--runtime-dir", str(box.runtime)]
+    command = [
+        sys.executable,
+        "-m",
+        "agentqd.daemon",
+        "--stop-workers",
+        "--state-dir",
+        str(box.state),
+        "--runtime-dir",
+        str(box.runtime),
+    ]
     with box.log.open("ab") as log:
         box.daemon = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-    box.append({"task": "ended", "id": "ended", "prompt": f"echo $$ > {tmp_path}/pid; sleep 300", "kill_grace": "200ms"})
+    box.append(
+        {
+            "task": "ended",
+            "id": "ended",
+            "prompt": f"echo $$ > {tmp_path}/pid; sleep 300",
+            "kill_grace": "200ms",
+        }
+    )
     worker, supervisor = started(tmp_path / "pid"), box.supervisor_pid()
     assert box.stop() == 0
     assert not alive(worker)

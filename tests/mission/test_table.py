@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from mission.switches import ROOT, SWITCHES, Switch, node_ids, throw
 
 FOLDER = Path(__file__).parent
@@ -30,7 +31,9 @@ def marked() -> dict[str, set[int]]:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 calls = [each for each in node.decorator_list if isinstance(each, ast.Call)]
                 marks = [each for each in calls if ast.unparse(each.func) == "pytest.mark.row"]
-                found[f"{path.name}::{node.name}"] = {int(ast.unparse(arg)) for each in marks for arg in each.args}
+                found[f"{path.name}::{node.name}"] = {
+                    int(ast.unparse(arg)) for each in marks for arg in each.args
+                }
     return found
 
 
@@ -44,7 +47,9 @@ def test_every_test_that_the_table_names_exists_and_carries_its_rows_mark() -> N
         named = re.findall(r"`(test_\w+\.py::test_\w+)`", cells[3])
         for name in named:
             assert row in tests.get(name, set()), f"row {row} names {name}"
-        assert named or re.search(r"issue \d+", cells[3]), f"row {row} names neither a test nor the issue that brings it"
+        assert named or re.search(r"issue \d+", cells[3]), (
+            f"row {row} names neither a test nor the issue that brings it"
+        )
 
 
 def test_every_mark_is_a_row_and_every_row_with_a_test_has_a_switch() -> None:
@@ -61,15 +66,22 @@ def test_every_line_to_break_is_there_once_and_stands_in_the_table() -> None:
     rows = table()
     for switch in SWITCHES:
         for each in switch.breaks:
-            assert (ROOT / each.file).read_text().count(each.old) == 1, f"row {switch.row}: {each.file}: {each.old}"
-        assert f"`{switch.breaks[0].file.removeprefix('agentqd/')}`" in rows[switch.row][4], f"row {switch.row}"
+            assert (ROOT / each.file).read_text().count(each.old) == 1, (
+                f"row {switch.row}: {each.file}: {each.old}"
+            )
+        assert f"`{switch.breaks[0].file.removeprefix('agentqd/')}`" in rows[switch.row][4], (
+            f"row {switch.row}"
+        )
 
 
 def handful() -> list[Switch]:
     """Another few whenever a file that one of them breaks has changed; the same ones for the same tree."""
     if os.environ.get("AGENTQD_SWITCHES") == "all":
         return list(SWITCHES)
-    source = b"".join((ROOT / name).read_bytes() for name in sorted({each.file for switch in SWITCHES for each in switch.breaks}))
+    source = b"".join(
+        (ROOT / name).read_bytes()
+        for name in sorted({each.file for switch in SWITCHES for each in switch.breaks})
+    )
 
     def place(switch: Switch) -> bytes:
         return hashlib.sha256(source + str(switch.row).encode()).digest()

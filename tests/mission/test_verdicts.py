@@ -16,7 +16,9 @@ pytestmark = pytest.mark.real
 
 
 @pytest.mark.row(39)
-@pytest.mark.parametrize("prompt", ["true", "echo only on stderr >&2", "touch $AGENTQ_OUTBOX/.hidden", "mkdir folder"])
+@pytest.mark.parametrize(
+    "prompt", ["true", "echo only on stderr >&2", "touch $AGENTQ_OUTBOX/.hidden", "mkdir folder"]
+)
 def test_exit_0_with_nothing_to_show_is_no_work_and_alerts(box: RealBox, prompt: str) -> None:
     box.append({"task": "idle", "id": "idle", "prompt": prompt})
     told = box.result("idle")
@@ -60,7 +62,9 @@ def test_no_work_is_retried_like_a_failure(box: RealBox) -> None:
         ({"min_duration": "30s"}, "echo x", "expect_duration"),
     ],
 )
-def test_exit_0_without_the_expected_evidence_is_a_failure(box: RealBox, expect: dict[str, Any], prompt: str, reason: str) -> None:
+def test_exit_0_without_the_expected_evidence_is_a_failure(
+    box: RealBox, expect: dict[str, Any], prompt: str, reason: str
+) -> None:
     box.append({"task": "claims", "prompt": prompt, "expect": expect})
     told = box.result("claims")
     assert (told["status"], told["exit_code"], told["reason"]) == ("failed", 0, reason)
@@ -109,18 +113,40 @@ def test_a_thousand_and_more_artifacts_are_cut_and_it_is_said(box: RealBox) -> N
 
 
 @pytest.mark.row(40)
-@pytest.mark.parametrize(("end", "reason", "code", "number"), [("exit 3", "exit_code", 3, None), ("kill -9 $$", "signal", None, 9)])
-def test_a_code_or_a_foreign_signal_is_a_failure(box: RealBox, end: str, reason: str, code: int | None, number: int | None) -> None:
+@pytest.mark.parametrize(
+    ("end", "reason", "code", "number"), [("exit 3", "exit_code", 3, None), ("kill -9 $$", "signal", None, 9)]
+)
+def test_a_code_or_a_foreign_signal_is_a_failure(
+    box: RealBox, end: str, reason: str, code: int | None, number: int | None
+) -> None:
     box.append({"task": "fails", "prompt": f"echo x; {end}"})
     told = box.result("fails")
-    assert (told["status"], told["reason"], told["exit_code"], told["signal"]) == ("failed", reason, code, number)
+    assert (told["status"], told["reason"], told["exit_code"], told["signal"]) == (
+        "failed",
+        reason,
+        code,
+        number,
+    )
 
 
 @pytest.mark.row(47)
 def test_each_retry_is_recorded_waits_longer_and_is_capped(box: RealBox) -> None:
-    box.append({"task": "fails", "id": "f", "prompt": "echo try $AGENTQ_ATTEMPT; exit 75", "max_attempts": 4, "backoff": "100ms"})
+    box.append(
+        {
+            "task": "fails",
+            "id": "f",
+            "prompt": "echo try $AGENTQ_ATTEMPT; exit 75",
+            "max_attempts": 4,
+            "backoff": "100ms",
+        }
+    )
     told = box.result("fails")
-    assert (told["status"], told["exit_code"], told["attempt"], told["stdout_tail"]) == ("failed", 75, 4, "try 4\n")
+    assert (told["status"], told["exit_code"], told["attempt"], told["stdout_tail"]) == (
+        "failed",
+        75,
+        4,
+        "try 4\n",
+    )
     shown = box.show("f")
     assert [attempt["result"] for attempt in shown["attempts"]] == ["failed"] * 4
     assert [event["event"] for event in shown["events"]].count("attempt_ended") == 3
@@ -148,13 +174,29 @@ def test_a_task_that_backs_off_says_so(box: RealBox) -> None:
 
 @pytest.mark.row(1)
 def test_a_completion_line_says_everything_that_a_reader_needs(box: RealBox) -> None:
-    box.append({"task": "full", "id": "full", "submitted_at": "2026-04-07T18:30:00Z", "prompt": "echo hi; echo art > a.txt"})
+    box.append(
+        {
+            "task": "full",
+            "id": "full",
+            "submitted_at": "2026-04-07T18:30:00Z",
+            "prompt": "echo hi; echo art > a.txt",
+        }
+    )
     told = box.result("full")
     assert {
         "task_id": "full", "name": "full", "status": "success", "attempt": 1, "exit_code": 0, "signal": None, "reason": None,
         "submitted_at": "2026-04-07T18:30:00Z", "stdout_tail": "hi\n", "pulled": False, "seq": 1,
     }.items() <= told.items()  # fmt: skip
-    wanted = {"started_at", "completed_at", "duration_s", "output_dir", "artifacts", "evidence", "usage", "delivery_id"}
+    wanted = {
+        "started_at",
+        "completed_at",
+        "duration_s",
+        "output_dir",
+        "artifacts",
+        "evidence",
+        "usage",
+        "delivery_id",
+    }
     assert wanted <= set(told)
     folder = Path(told["output_dir"])
     assert folder == box.attempt_folder("full")
@@ -177,7 +219,11 @@ def test_a_cancel_that_races_an_end_gives_one_end(box: RealBox, wait_s: float) -
         told = box.result(f"t{n}")
         assert told["status"] in {"success", "cancelled"}
         if status == 409:
-            assert (answer["error"], answer["state"], answer["result"]) == ("illegal_transition", "finished", "success")
+            assert (answer["error"], answer["state"], answer["result"]) == (
+                "illegal_transition",
+                "finished",
+                "success",
+            )
         shown = box.show(f"t{n}")
         ends = [event for event in shown["events"] if event["event"] in {"finished", "cancelled"}]
         assert len(ends) == 1
@@ -198,7 +244,14 @@ def test_a_second_cancel_and_a_wrong_move_change_nothing(box: RealBox) -> None:
 
 @pytest.mark.row(43, 29)
 def test_a_tree_that_does_not_stop_stays_stopping_until_it_is_gone(box: RealBox, tmp_path: Path) -> None:
-    box.append({"task": "stops", "id": "stops", "prompt": f"trap '' TERM; echo $$ > {tmp_path}/pid; while :; do sleep 0.1; done", "kill_grace": "1s"})
+    box.append(
+        {
+            "task": "stops",
+            "id": "stops",
+            "prompt": f"trap '' TERM; echo $$ > {tmp_path}/pid; while :; do sleep 0.1; done",
+            "kill_grace": "1s",
+        }
+    )
     wait_for("its start", (tmp_path / "pid").exists)
     box.api("POST", "/v1/tasks/stops/cancel", {})
     assert box.show("stops")["state"] == "stopping"
@@ -208,7 +261,14 @@ def test_a_tree_that_does_not_stop_stays_stopping_until_it_is_gone(box: RealBox,
 
 @pytest.mark.row(29)
 def test_a_stopped_worker_is_ended_at_its_deadline_too(box: RealBox, tmp_path: Path) -> None:
-    box.append({"task": "frozen", "prompt": f"echo $$ > {tmp_path}/pid; kill -STOP $$; sleep 300", "run_timeout": "500ms", "kill_grace": "200ms"})
+    box.append(
+        {
+            "task": "frozen",
+            "prompt": f"echo $$ > {tmp_path}/pid; kill -STOP $$; sleep 300",
+            "run_timeout": "500ms",
+            "kill_grace": "200ms",
+        }
+    )
     assert box.result("frozen")["status"] == "timeout"
     assert os.path.exists(tmp_path / "pid")
 
@@ -219,10 +279,22 @@ def test_the_worker_gets_its_environment_and_nothing_else(make_box: MakeBox) -> 
     box.env = {"SECRET_TOKEN": "hush"}
     box.start()
     box.append({"task": "env", "id": "env", "prompt": "env", "env": {"MINE": "1"}})
-    seen = dict(line.split("=", 1) for line in (Path(box.result("env")["output_dir"]) / "stdout").read_text().splitlines())
+    seen = dict(
+        line.split("=", 1)
+        for line in (Path(box.result("env")["output_dir"]) / "stdout").read_text().splitlines()
+    )
     folder = str(box.attempt_folder("env"))
-    assert (seen["AGENTQ_TASK_ID"], seen["AGENTQ_TASK"], seen["AGENTQ_ATTEMPT"], seen["MINE"]) == ("env", "env", "1", "1")
-    assert (seen["AGENTQ_TASK_DIR"], seen["AGENTQ_OUTBOX"], seen["AGENTQ_PROMPT_FILE"]) == (folder, f"{folder}/outbox", f"{folder}/prompt")
+    assert (seen["AGENTQ_TASK_ID"], seen["AGENTQ_TASK"], seen["AGENTQ_ATTEMPT"], seen["MINE"]) == (
+        "env",
+        "env",
+        "1",
+        "1",
+    )
+    assert (seen["AGENTQ_TASK_DIR"], seen["AGENTQ_OUTBOX"], seen["AGENTQ_PROMPT_FILE"]) == (
+        folder,
+        f"{folder}/outbox",
+        f"{folder}/prompt",
+    )
     assert seen["PWD"] == f"{folder}/work"
     assert {"AGENTQ_HEARTBEAT", "AGENTQ_DEADLINE", "PATH"} <= set(seen)
     assert "SECRET_TOKEN" not in seen

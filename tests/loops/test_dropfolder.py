@@ -1,0 +1,275 @@
+"""What a worker hands over: real files, real leases, hostile names."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentqd.core import limits
+from agentqd.core.settings import Settings, Sink
+from agentqd.core.task import read_task
+from agentqd.loops.dropfolder import Handed, How, Scan, record, scan
+from agentqd.storage import tasks as store
+from agentqd.storage.transaction import Transaction
+
+from .harness import Bench
+
+LARGE = limits.ENTRY_INLINE_BYTES_MAX + 1
+
+
+@pytest.fixture
+async def drop(bench: Bench) -> Path:
+    """The drop folder of the running task `a`, which has two attempts."""
+    bench.box.apply(Settings(sinks={"s": Sink(type="file", path="/x")}))
+    await bench.connect()
+    await bench.add(id="a", max_attempts=3)
+    folder = Path(bench.folders.attempt("a", 1), "outbox")
+    folder.mkdir(parents=True)
+    (folder.parent / "work").mkdir()
+    return folder
+
+
+def _scan(drop: Path, how: How = "alive", taken: dict[str, Any] | None = None, most: int = 10**9) -> Scan:
+    return scan(str(drop), str(drop.parents[3] / "blobs"), taken or {}, how, most)
+
+
+async def _record(bench: Bench, found: list[Handed], attempt: int = 1) -> set[str]:
+    def unit(tx: Transaction) -> set[str]:
+        task = store.get(tx, 1)
+        return record(tx, bench.box, task, read_task(store.spec_of(tx, 1)[0]), attempt, found)
+
+    return await bench.do(unit)
+
+
+async def _rows(bench: Bench) -> list[tuple[Any, ...]]:
+    return await bench.rows("SELECT e.key, o.sink, o.state, o.last_error FROM outbox o JOIN entries e ON e.seq = o.entry_seq WHERE e.kind IN ('entry', 'broken') ORDER BY 1, 2")  # fmt: skip
+
+
+def _keys(found: Scan) -> list[str]:
+    return [item.key for item in found.handed]
+
+
+class _Writer:
+    """A process that keeps a file open for writing until told."""
+
+    def __init__(self, path: Path) -> None:
+        program = "import sys; f = open(sys.argv[1], 'a'); f.write('half'); f.flush(); print(1, flush=True); sys.stdin.read()"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", program, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+async def test_a_file_becomes_an_entry_with_its_content(bench: Bench, drop: Path) -> None:
+    (drop / "note.txt").write_text("hällo")
+    (drop / "data.json").write_text('{ "x": [1,\n 2] }')
+    (drop / "blob.bin").write_bytes(b"\xff\x00")
+    assert await _record(bench, _scan(drop).handed) == {"note.txt", "data.json", "blob.bin"}
+    by_key = {data["key"]: data for data in await bench.entries("entry")}
+    assert by_key["note.txt"]["content"] == "hällo"
+    assert by_key["data.json"]["content"] == {"x": [1, 2]}
+    assert by_key["blob.bin"]["content_base64"] == "/wA="
+    assert {data["attempt"] for data in by_key.values()} == {1}
+    assert {row[1:3] for row in await _rows(bench)} == {("completions", "pending")}
+
+
+async def test_a_file_still_open_for_writing_is_not_taken_while_the_worker_lives(drop: Path) -> None:
+    writer = _Writer(drop / "half.txt")
+    try:
+        assert (_keys(_scan(drop)), _scan(drop).waiting) == ([], 1)
+        assert _keys(_scan(drop, "exited")) == ["half.txt"]  # somebody else has it open: the attempt is over
+    finally:
+        writer.close()
+    assert _keys(_scan(drop)) == ["half.txt"]
+
+
+async def test_a_mere_reader_does_not_keep_a_file_from_being_taken(drop: Path) -> None:
+    (drop / "x.txt").write_text("x")
+    with (drop / "x.txt").open():
+        assert _keys(_scan(drop)) == ["x.txt"]
+
+
+async def test_only_regular_files_without_a_leading_dot_are_taken(drop: Path) -> None:
+    (drop / ".hidden").write_text("x")
+    (drop / "folder").mkdir()
+    os.mkfifo(drop / "fifo")
+    (drop / "link").symlink_to("/etc/passwd")
+    (drop / "dangling").symlink_to("nowhere")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(drop / "sock"))
+        found = _scan(drop)
+    assert found.handed == []
+    for name in ("folder", "fifo", "link", "dangling", "sock"):
+        assert any(repr(name) in problem for problem in found.problems), name
+
+
+async def test_a_name_that_is_not_utf8_can_be_recorded(bench: Bench, drop: Path) -> None:
+    with open(os.fsencode(drop) + b"/caf\xe9.txt", "wb") as file:
+        file.write(b"x")
+    found = _scan(drop)
+    assert await _record(bench, found.handed) == set(_keys(found))
+    assert _scan(drop, taken={item.key: item.identity for item in found.handed}).handed == []
+
+
+async def test_a_file_that_was_taken_is_not_read_again_until_it_changes(drop: Path) -> None:
+    (drop / "x.txt").write_text("x")
+    taken = {item.key: item.identity for item in _scan(drop).handed}
+    assert _scan(drop, taken=taken).handed == []
+    (drop / "new").write_text("longer")
+    (drop / "new").rename(drop / "x.txt")
+    assert _keys(_scan(drop, taken=taken)) == ["x.txt"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff", b'"\\ud800"', b"[" * 100_000, b"{} x"])
+async def test_json_that_does_not_parse_is_set_aside_and_told(bench: Bench, drop: Path, content: bytes) -> None:
+    (drop / "x.json").write_bytes(content)
+    assert await _record(bench, _scan(drop, "exited").handed) == set()
+    ((key, sink, state, error),) = await _rows(bench)
+    assert (key, sink, state) == ("x.json", "completions", "dead")
+    assert error.startswith("malformed")
+    assert len(await bench.alerts("entry_malformed")) == 1
+
+
+@pytest.mark.parametrize(("name", "content", "counts"), [("a.json", b"{}", True), ("a.json", b"{", False), ("a.txt", b"whole", False)])  # fmt: skip
+async def test_after_a_kill_only_json_that_parses_counts_and_the_key_of_others_is_free(
+    bench: Bench, drop: Path, name: str, content: bytes, counts: bool
+) -> None:
+    (drop / name).write_bytes(content)
+    assert await _record(bench, _scan(drop, "killed").handed) == ({name} if counts else set())
+    if counts:
+        return
+    assert [row[2:] for row in await _rows(bench)] == [("dead", "incomplete")]
+    assert len(await bench.alerts("entry_incomplete")) == 1
+    second = Path(bench.folders.attempt("a", 2), "outbox")
+    second.mkdir(parents=True)
+    (second / name).write_bytes(b"{}")
+    assert await _record(bench, _scan(second, "exited").handed, attempt=2) == {name}
+    assert sorted(row[2] for row in await _rows(bench)) == ["dead", "pending"]
+
+
+@pytest.mark.xfail(strict=True, reason="a large .json is copied unread, so that after a kill it is set aside although it parses")
+async def test_after_a_kill_a_large_json_that_parses_counts(drop: Path) -> None:
+    (drop / "large.json").write_bytes(b'"%s"' % (b"x" * LARGE))
+    assert _scan(drop, "killed").handed[0].broken is None
+
+
+async def test_the_same_content_again_is_a_repeat_and_other_content_is_told(bench: Bench, drop: Path) -> None:
+    (drop / "x.txt").write_text("first")
+    first = _scan(drop).handed
+    await _record(bench, first)
+    assert await _record(bench, first) == {"x.txt"}
+    assert await bench.alerts("entry_conflict") == []
+    (drop / "x.txt").write_text("second")
+    for _ in range(2):
+        assert await _record(bench, _scan(drop).handed, attempt=2) == {"x.txt"}
+    assert [data["content"] for data in await bench.entries("entry")] == ["first"]
+    assert len(await bench.alerts("entry_conflict")) == 1
+
+
+async def test_a_large_file_is_copied_durably_and_named_by_its_path(bench: Bench, drop: Path) -> None:
+    (drop / "large.bin").write_bytes(os.urandom(LARGE))
+    (item,) = _scan(drop).handed
+    assert item.blob is not None
+    assert Path(item.blob).read_bytes() == (drop / "large.bin").read_bytes()
+    (drop / "large.bin").write_bytes(b"the worker goes on")
+    await _record(bench, [item])
+    (data,) = await bench.entries("entry")
+    assert (data["path"], data["bytes"]) == (item.blob, LARGE)
+    assert Path(item.blob).stat().st_size == LARGE
+    assert [name for name in os.listdir(Path(item.blob).parent) if name.startswith(".")] == []
+
+
+async def test_a_file_over_the_limit_is_set_aside_unread(bench: Bench, drop: Path) -> None:
+    (drop / "x.bin").write_bytes(b"x" * 100)
+    assert await _record(bench, _scan(drop, most=99).handed) == set()
+    assert (await _rows(bench))[0][3].startswith("too_large: 100 bytes")
+
+
+async def test_a_folder_with_too_many_files_says_so(drop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "ENTRIES_PER_TASK_MAX", 3)
+    for n in range(5):
+        (drop / f"f{n}").write_text("x")
+    found = _scan(drop)
+    assert _keys(found) == ["f0", "f1", "f2"]
+    assert "5 files" in found.problems[0]
+
+
+async def test_a_drop_folder_that_the_worker_removed_is_a_problem_only_while_it_lives(drop: Path) -> None:
+    drop.rmdir()
+    assert _scan(drop, "exited") == Scan([], 0, [])
+    assert _scan(drop).problems
+
+
+@pytest.mark.parametrize(
+    ("fields", "sinks"),
+    [
+        ({"deliver_to": ["s"], "body": "x"}, ["completions", "s"]),
+        ({"deliver_to": "s"}, ["completions", "s"]),
+        ({"deliver_to": []}, ["completions"]),
+        ({"body": "x"}, ["completions"]),
+        ({"deliver_to": ["s"], "attachments": ["../work/plot.png", "x.json"]}, ["completions", "s"]),
+    ],
+)
+async def test_a_json_entry_may_address_itself(bench: Bench, drop: Path, fields: dict[str, Any], sinks: list[str]) -> None:  # fmt: skip
+    (drop / "x.json").write_text(json.dumps(fields))
+    await _record(bench, _scan(drop).handed)
+    assert [(row[1], row[2]) for row in await _rows(bench)] == [(sink, "pending") for sink in sinks]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"deliver_to": ["nope"]},
+        {"deliver_to": 7},
+        {"deliver_to": [7]},
+        {"deliver_to": {"s": 1}},
+        {"deliver_to": ["s"], "attachments": ["/etc/passwd"]},
+        {"deliver_to": ["s"], "attachments": ["../../attempt-2/outbox/x"]},
+        {"deliver_to": ["s"], "attachments": ["sneaky"]},
+        {"deliver_to": ["s"], "attachments": ["a\x00b"]},
+        {"deliver_to": ["s"], "attachments": "x"},
+        {"deliver_to": ["s"], "attachments": [None]},
+    ],
+)
+async def test_an_address_that_leads_nowhere_or_outside_is_malformed(bench: Bench, drop: Path, fields: dict[str, Any]) -> None:  # fmt: skip
+    (drop / "x.json").write_text(json.dumps(fields))
+    (drop / "sneaky").symlink_to("/etc/passwd")
+    (item,) = _scan(drop).handed
+    assert await _record(bench, [item]) == set()
+    assert {row[2] for row in await _rows(bench)} == {"dead"}
+
+
+async def test_attachments_are_found_in_a_state_folder_behind_a_symlink(bench: Bench, drop: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").symlink_to(bench.folders.state)
+    bench.box.folders = type(bench.folders)(str(tmp_path / "elsewhere"), bench.folders.runtime)
+    (drop / "x.json").write_text('{"deliver_to": ["s"], "attachments": ["../work/plot.png"]}')
+    assert await _record(bench, _scan(drop).handed) == {"x.json"}
+
+
+async def test_entries_handed_over_at_the_end_are_evidence_and_come_with_the_finishing_commit(bench: Bench, drop: Path) -> None:  # fmt: skip
+    (drop / "x.txt").write_text("x")
+    commits = bench.journal.commits
+    await bench.end("a", stdout_bytes=0, handed=_scan(drop, "exited").handed)
+    assert bench.journal.commits == commits + 1
+    assert (await bench.task("a")).result == "success"
+    assert [data["key"] for data in await bench.entries("entry")] == ["x.txt"]
+
+
+async def test_what_was_handed_over_survives_the_failure_of_its_worker(bench: Bench, drop: Path) -> None:
+    (drop / "x.txt").write_text("x")
+    await _record(bench, _scan(drop).handed)
+    await bench.end("a", None, signal=int(signal.SIGKILL))
+    assert (await bench.task("a")).state.value == "retryable"
+    assert len(await bench.entries("entry")) == 1
