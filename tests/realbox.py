@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 WAIT_S = float(
@@ -112,7 +112,7 @@ class RealBox:
         wait_for("the supervisor's end", lambda: not alive(pid))
         return pid
 
-    def __enter__(self) -> RealBox:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

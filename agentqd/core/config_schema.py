@@ -40,7 +40,16 @@ _PLAIN: Final[tuple[tuple[type[inspect.Type], str], ...]] = (
 def config_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of the config file, from the settings' own types: it cannot drift from them."""
     schema = _of(inspect.type_info(Settings))
+    parts = schema["properties"]
+    for name in ("queues", "runners"):
+        parts[name]["additionalProperties"] = _or_empty(parts[name]["additionalProperties"])
+    schema["properties"] = {name: _or_empty(part) for name, part in parts.items()}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "agentqd.yaml", **schema}
+
+
+def _or_empty(schema: dict[str, Any]) -> dict[str, Any]:
+    """A part with nothing but comments in it is null to YAML, and an empty one to the reader."""
+    return {"anyOf": [schema, {"type": "null"}]} if schema.get("type") in {"object", "array"} else schema
 
 
 def _of(kind: inspect.Type) -> dict[str, Any]:

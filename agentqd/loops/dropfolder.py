@@ -258,7 +258,7 @@ def _self_address_problem(item: Handed, box: Box, task: TaskRow, attempt: int) -
     if attachments is not None and "deliver_to" in fields:
         if not (isinstance(attachments, list) and all(isinstance(path, str) for path in attachments)):
             return "malformed: attachments is not a list of paths"
-        folder = box.folders.attempt(task.id, attempt)
+        folder = os.path.realpath(box.folders.attempt(task.id, attempt))
         for path in attachments:
             real = "" if "\0" in path else os.path.realpath(os.path.join(f"{folder}/outbox", path))
             if not real.startswith((f"{folder}/outbox/", f"{folder}/work/")):

@@ -150,34 +150,38 @@ def _artifacts(
     truncated = len(found) > limits.ARTIFACTS_MAX
     artifacts, hashed = [], 0
     for name, path in paths.items():
+        own = path.startswith(work + "/")  # links inside work/ are not followed; an expected file may be one
         try:
-            artifact, hashed = _hash(name, path, hashed, own=path.startswith(work + "/"))
+            descriptor = os.open(path, _READ | (os.O_NOFOLLOW if own else 0))
         except OSError as error:
             problems.append(f"{name}: {error.strerror}")
             continue
+        try:
+            artifact, hashed = _hash(name, descriptor, hashed)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        finally:
+            os.close(descriptor)
         truncated = truncated or artifact.sha256 is None
         artifacts.append(artifact)
     return artifacts, truncated
 
 
-def _hash(name: str, path: str, hashed: int, *, own: bool) -> tuple[Artifact, int]:
-    """Hash and fsync one artifact. Links inside work/ are not followed; an expected file may be one."""
-    descriptor = os.open(path, _READ | (os.O_NOFOLLOW if own else 0))
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(0, "not a regular file", path)
-        if hashed + status.st_size > limits.ARTIFACT_HASH_BYTES_MAX:
-            return Artifact(name, status.st_size, None), hashed
-        digest = hashlib.sha256()
-        left = status.st_size
-        while left > 0 and (chunk := os.read(descriptor, min(_HASH_CHUNK, left))):
-            digest.update(chunk)
-            left -= len(chunk)
-        os.fsync(descriptor)
-        return Artifact(name, status.st_size, digest.hexdigest()), hashed + status.st_size
-    finally:
-        os.close(descriptor)
+def _hash(name: str, descriptor: int, hashed: int) -> tuple[Artifact, int]:
+    """Hash and fsync one artifact. Raises ValueError if it is none, OSError if it cannot be made durable."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    os.fsync(descriptor)  # what is too large to be hashed must be durable too
+    if hashed + status.st_size > limits.ARTIFACT_HASH_BYTES_MAX:
+        return Artifact(name, status.st_size, None), hashed
+    digest = hashlib.sha256()
+    left = status.st_size
+    while left > 0 and (chunk := os.read(descriptor, min(_HASH_CHUNK, left))):
+        digest.update(chunk)
+        left -= len(chunk)
+    return Artifact(name, status.st_size, digest.hexdigest()), hashed + status.st_size
 
 
 def _fsync(path: str, problems: list[str]) -> None:

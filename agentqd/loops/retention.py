@@ -110,7 +110,8 @@ class Retention:
             tx.execute("DELETE FROM ids WHERE newest = ?", (row[0],))
             tx.execute("DELETE FROM tasks WHERE seq = ?", (seq,))
             tx.count_task(row[1], row[2], row[3], -1)
-            gone.append((row[0], blobs))
+            others = "SELECT 1 FROM entries WHERE blob = ? LIMIT 1"  # blobs/ holds the same content once
+            gone.append((row[0], [blob for blob in blobs if tx.one(others, (blob,)) is None]))
         if unpulled:
             message = f"{unpulled} results that a consumer has not pulled are past retention.unpulled and were removed"
             alert(tx, self.box, "unpulled_removed", message, key=str(tx.now_us))

@@ -51,7 +51,7 @@ class Numbers:
     def load(cls, connection: sqlite3.Connection) -> Numbers:
         kept = dict(
             connection.execute(
-                "SELECT key, value FROM meta WHERE key IN ('task_seq','entry_seq','event_seq')"
+                "SELECT key, value FROM meta WHERE key IN ('task_seq','entry_seq','event_seq','chain_checkpoint_seq')"
             )
         )
 
@@ -64,9 +64,8 @@ class Numbers:
             "SELECT value FROM meta WHERE key = 'chain_checkpoint_hash'"
         ).fetchone()
         head = bytes(row[0]) if row else bytes(checkpoint[0]) if checkpoint else _GENESIS
-        return cls(
-            newest("tasks", "task_seq"), newest("entries", "entry_seq"), newest("events", "event_seq"), head
-        )
+        event = max(newest("events", "event_seq"), int(kept.get("chain_checkpoint_seq", 0)))
+        return cls(newest("tasks", "task_seq"), newest("entries", "entry_seq"), event, head)
 
 
 class Transaction:

@@ -16,9 +16,10 @@ What a `Run` finds, and what is answered (never a second start in any of them):
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable
+
+import msgspec
 
 from agentqd.core.limits import LEFT_BEHIND_NAMED_MAX
 from agentqd.supervisor.attempts import Attempt, StartError
@@ -73,6 +74,8 @@ class Registry:
             self._context.tell(self._running[key].running())
         elif key in self._exited:
             self._context.tell(self._exited[key])
+        elif run.hold:
+            self._hold(key, run, received_s)
         elif self.leaving:
             self._context.tell(self._not_run(run, NOT_STARTED + "the supervisor is leaving"))
         elif self._has_survivors(run.task):
@@ -80,25 +83,35 @@ class Registry:
                 self._deferred[key] = (run, received_s)
             else:
                 self._context.tell(self._not_run(run, NOT_STARTED + "too many wait for survivors to end"))
-        elif run.hold:
-            self._hold(key, run, received_s)
         else:
             self._start(run, received_s)
 
     def go(self, task: str, number: int) -> None:
-        """Start what was held; anything unknown was answered, or will be asked for again."""
+        """What was held becomes a Run like any other: started, made to wait for survivors, or handed back. Unknown: nothing."""
         held = self._held.pop((task, number), None)
-        if held is not None:
-            self._start(*held)
+        if held is None:
+            return
+        run, received_s, folder = held
+        if folder is None or self.leaving or self._has_survivors(task):
+            if folder is not None:
+                folder.close()
+            self.run(msgspec.structs.replace(run, hold=False), received_s)
+        else:
+            self._start(run, received_s, folder)
 
     def _hold(self, key: AttemptKey, run: Run, received_s: float) -> None:
-        """Make its folder while the daemon's claim becomes durable. What goes wrong here goes wrong again, and is told, at `Go`."""
+        """Make its folder while the daemon's claim becomes durable. Nothing is answered before `Go`: the claim may not be
+        there yet for the answer to meet. What goes wrong here goes wrong again, and is told, then."""
         folder = None
-        with contextlib.suppress(OSError, ValueError, AlreadyStartedError):
+        try:
             check_name(run.task, run.attempt, run.folder, self._context.state_folder)
             folder = self._context.take_ready(run.task, run.prompt) if run.attempt == 1 else None
             if folder is None:
                 folder = make_folder(self._context.tasks_fd, run.task, run.attempt, run.prompt)
+        except AlreadyStartedError as found:
+            os.close(found.folder_fd)
+        except (OSError, ValueError):
+            pass
         self._held[key] = (run, received_s, folder)
 
     def survivors_changed(self) -> None:

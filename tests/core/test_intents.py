@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from itertools import product
 
 import pytest
@@ -20,7 +20,7 @@ def _path(parts: tuple[str, ...] | list[str]) -> str:
     return "/" + "/".join(parts)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _matches(name: str, pattern: str) -> bool:
     """`*` and `?` within one name, spelt out."""
     if not pattern:
@@ -40,9 +40,9 @@ def _covers(pattern: tuple[str, ...], path: tuple[str, ...]) -> bool:
 
 
 PLAIN = st.lists(st.sampled_from(NAMES), max_size=3).map(tuple)
-GLOB = st.lists(
-    st.sampled_from([*ALPHABET, "ab", "*", "?", "a*", "*b", "?a", "**", "a?*"]), max_size=3
-).map(tuple)
+GLOB = st.lists(st.sampled_from([*ALPHABET, "ab", "*", "?", "a*", "*b", "?a", "**", "a?*"]), max_size=3).map(
+    tuple
+)
 
 
 @settings(max_examples=400)

@@ -17,7 +17,18 @@ from agentqd.core.limits import RETRY_AFTER_MAX_S
 from agentqd.core.resolve import Placement, Resolved, placement, resolve
 from agentqd.core.retry import JITTER, Schedule, next_try_s, wait_s
 from agentqd.core.routing import Subject, alert_sinks, known_sink, sinks_for
-from agentqd.core.settings import BUILT_IN, Alerts, Defaults, Match, Queue, Route, Runner, Settings, Sink, Writes
+from agentqd.core.settings import (
+    BUILT_IN,
+    Alerts,
+    Defaults,
+    Match,
+    Queue,
+    Route,
+    Runner,
+    Settings,
+    Sink,
+    Writes,
+)
 from agentqd.core.task import Expect, TaskRequest
 from agentqd.core.units import Backoff, Duration, parse_time_us
 from agentqd.core.waking import next_wake_us, total_deadline_us, wake_times
@@ -187,7 +198,9 @@ def test_only_completions_and_configured_sinks_are_known() -> None:
 # The envelope.
 
 NAMES = st.text(max_size=10)
-DATA = st.dictionaries(NAMES, st.none() | st.integers(-(2**53), 2**53) | NAMES | st.lists(NAMES, max_size=2), max_size=4)
+DATA = st.dictionaries(
+    NAMES, st.none() | st.integers(-(2**53), 2**53) | NAMES | st.lists(NAMES, max_size=2), max_size=4
+)
 
 
 def test_a_delivery_id_is_what_it_was_in_the_first_release() -> None:

@@ -89,7 +89,9 @@ def test_a_right_field_is_read(field: str, written: Any, found: Any) -> None:
 
 
 def test_every_field_is_tried() -> None:
-    assert {field for field, _, _ in RIGHT} | {"task", "prompt", "prompt_ref", "after_policy"} == set(FIELD_NAMES)
+    assert {field for field, _, _ in RIGHT} | {"task", "prompt", "prompt_ref", "after_policy"} == set(
+        FIELD_NAMES
+    )
 
 
 WRONG: list[tuple[str, Any]] = [

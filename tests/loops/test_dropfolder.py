@@ -133,7 +133,9 @@ async def test_a_file_that_was_taken_is_not_read_again_until_it_changes(drop: Pa
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff", b'"\\ud800"', b"[" * 100_000, b"{} x"])
-async def test_json_that_does_not_parse_is_set_aside_and_told(bench: Bench, drop: Path, content: bytes) -> None:
+async def test_json_that_does_not_parse_is_set_aside_and_told(
+    bench: Bench, drop: Path, content: bytes
+) -> None:
     (drop / "x.json").write_bytes(content)
     assert await _record(bench, _scan(drop, "exited").handed) == set()
     ((key, sink, state, error),) = await _rows(bench)
@@ -159,7 +161,10 @@ async def test_after_a_kill_only_json_that_parses_counts_and_the_key_of_others_i
     assert sorted(row[2] for row in await _rows(bench)) == ["dead", "pending"]
 
 
-@pytest.mark.xfail(strict=True, reason="a large .json is copied unread, so that after a kill it is set aside although it parses")
+@pytest.mark.xfail(
+    strict=True,
+    reason="a large .json is copied unread, so that after a kill it is set aside although it parses",
+)
 async def test_after_a_kill_a_large_json_that_parses_counts(drop: Path) -> None:
     (drop / "large.json").write_bytes(b'"%s"' % (b"x" * LARGE))
     assert _scan(drop, "killed").handed[0].broken is None
@@ -251,7 +256,9 @@ async def test_an_address_that_leads_nowhere_or_outside_is_malformed(bench: Benc
     assert {row[2] for row in await _rows(bench)} == {"dead"}
 
 
-async def test_attachments_are_found_in_a_state_folder_behind_a_symlink(bench: Bench, drop: Path, tmp_path: Path) -> None:
+async def test_attachments_are_found_in_a_state_folder_behind_a_symlink(
+    bench: Bench, drop: Path, tmp_path: Path
+) -> None:
     (tmp_path / "elsewhere").symlink_to(bench.folders.state)
     bench.box.folders = type(bench.folders)(str(tmp_path / "elsewhere"), bench.folders.runtime)
     (drop / "x.json").write_text('{"deliver_to": ["s"], "attachments": ["../work/plot.png"]}')

@@ -162,7 +162,10 @@ async def test_a_retry_is_a_new_run_with_a_new_result_id(ready: Bench) -> None:
     task = await ready.task("a")
     assert (task.state.value, task.run, task.attempt, task.run_attempts) == ("running", 2, 2, 1)
     await ready.end("a")
-    assert [(data["status"], data["run"]) for data in await ready.results("a")] == [("failed", 1), ("success", 2)]
+    assert [(data["status"], data["run"]) for data in await ready.results("a")] == [
+        ("failed", 1),
+        ("success", 2),
+    ]
     ids = [row[0] for row in await ready.rows("SELECT delivery_id FROM entries WHERE kind='result'")]
     assert len(set(ids)) == 2
 
@@ -174,7 +177,10 @@ async def test_what_cannot_be_done_to_a_task_raises_and_changes_nothing(ready: B
         (lambda tx: hold(tx, "a"), IllegalTransition),
         (lambda tx: release(tx, ready.box, "a"), IllegalTransition),
         (lambda tx: must_find(tx, "nope"), NoSuchTask),
-        (lambda tx: store.move_task(tx, store.get(tx, 1), Event.EXPIRED, result="expired"), IllegalTransition),
+        (
+            lambda tx: store.move_task(tx, store.get(tx, 1), Event.EXPIRED, result="expired"),
+            IllegalTransition,
+        ),
     ):
         with pytest.raises(error):
             await ready.do(unit)

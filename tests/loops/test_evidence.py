@@ -28,7 +28,9 @@ def _start(folder: Path) -> None:
 
 
 def _collect(folder: Path, workdir: Path | None = None, expect: Expect | None = None) -> Seen:
-    sizes = [(folder / name).stat().st_size if (folder / name).exists() else 0 for name in ("stdout", "stderr")]
+    sizes = [
+        (folder / name).stat().st_size if (folder / name).exists() else 0 for name in ("stdout", "stderr")
+    ]
     return collect(Asked(str(folder), str(workdir) if workdir else None, expect, *sizes))
 
 
@@ -166,15 +168,17 @@ def test_result_files_and_their_folders_are_fsynced_before_they_count(folder: Pa
     assert {str(path) for path in wanted} == synced
 
 
-def test_a_disk_that_fails_at_fsync_is_an_error_and_no_evidence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+@pytest.mark.parametrize("which", ["stdout", "work/a", "work", "."])
+def test_a_disk_that_fails_at_fsync_is_an_error_and_no_evidence(folder: Path, monkeypatch: pytest.MonkeyPatch, which: str) -> None:  # fmt: skip
     (folder / "work/a").write_text("x")
+    (folder / "stdout").write_text("x")
+    real = os.fsync
 
     def fsync(descriptor: int) -> None:
-        raise OSError(5, "Input/output error")
+        if os.readlink(f"/proc/self/fd/{descriptor}") == os.path.normpath(folder / which):
+            raise OSError(5, "Input/output error")
+        real(descriptor)
 
     monkeypatch.setattr(evidence.os, "fsync", fsync)
-    try:
-        seen = _collect(folder)
-    except OSError:
-        return
-    pytest.fail(f"called durable: {seen}")
+    with pytest.raises(OSError, match="Input/output"):
+        _collect(folder)

@@ -189,7 +189,11 @@ STEPS = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(st.integers(1, 5), st.fixed_dictionaries({name: st.integers(1, 3) for name in "abc"}), STEPS)
 def test_the_scheduler_chooses_as_a_plain_reference_does(workers: int, slots: dict[str, int], steps: list[tuple[str, Any]]) -> None:  # fmt: skip
     with TemporaryDirectory() as folder:

@@ -127,7 +127,9 @@ async def test_an_edit_that_shortens_a_clock_counts_at_the_next_look(bench: Benc
     assert (await bench.task("a")).reason == "total_timeout"
 
 
-async def test_the_loop_hears_of_an_earlier_time_with_the_commit_that_sets_it(bench: Bench, waker: Waker) -> None:
+async def test_the_loop_hears_of_an_earlier_time_with_the_commit_that_sets_it(
+    bench: Bench, waker: Waker
+) -> None:
     await bench.add(id="later", expires_at=_in(bench, 1000))
     loop = asyncio.create_task(waker.run())
     await bench.until(lambda: waker._next_us is not None)

@@ -67,7 +67,12 @@ class Sums(RuleBasedStateMachine):
         self.made += 10
         self._commit(lambda tx: store.insert_tasks(tx, [_new(f"t{self.made + n}", queue, event) for n, event in enumerate(events)]), undo)  # fmt: skip
 
-    @rule(n=st.integers(0, 50), event=st.sampled_from(Event), result=st.sampled_from(["success", "failed"]), undo=st.booleans())
+    @rule(
+        n=st.integers(0, 50),
+        event=st.sampled_from(Event),
+        result=st.sampled_from(["success", "failed"]),
+        undo=st.booleans(),
+    )
     def move(self, n: int, event: Event, result: str, undo: bool) -> None:
         task = self._task(n)
         if task is None:
@@ -84,13 +89,23 @@ class Sums(RuleBasedStateMachine):
 
         self._commit(unit, undo)
 
-    @rule(n=st.integers(0, 50), sinks=st.lists(SINKS, unique=True, max_size=2), dead=st.booleans(), undo=st.booleans())
+    @rule(
+        n=st.integers(0, 50),
+        sinks=st.lists(SINKS, unique=True, max_size=2),
+        dead=st.booleans(),
+        undo=st.booleans(),
+    )
     def hand_over(self, n: int, sinks: list[str], dead: bool, undo: bool) -> None:
         task = self._task(n)
         self.made += 1
         self._commit(lambda tx: outbox.add_entry(tx, _entry(f"d{self.made}", task and task.seq, sinks, "broken" if dead else None)), undo)  # fmt: skip
 
-    @rule(n=st.integers(0, 50), event=st.sampled_from(RowEvent), by_person=st.booleans(), was=st.sampled_from(RowState))
+    @rule(
+        n=st.integers(0, 50),
+        event=st.sampled_from(RowEvent),
+        by_person=st.booleans(),
+        was=st.sampled_from(RowState),
+    )
     def deliver(self, n: int, event: RowEvent, by_person: bool, was: RowState) -> None:
         rows = self.connection.execute("SELECT entry_seq, sink, state FROM outbox ORDER BY 1, 2").fetchall()
         if not rows:
@@ -170,10 +185,14 @@ async def test_a_mark_of_a_row_that_a_person_has_dropped_is_left_out(journal: Jo
 async def test_a_mark_that_the_table_does_not_know_is_refused(journal: Journal) -> None:
     await journal.commit(lambda tx: outbox.add_entry(tx, _entry("d1", None, ["s"])))
     with pytest.raises(IllegalTransition):
-        await journal.commit(lambda tx: outbox.mark(tx, [Mark(1, "s", RowState.PENDING, RowEvent.DROPPED, 1)]))
+        await journal.commit(
+            lambda tx: outbox.mark(tx, [Mark(1, "s", RowState.PENDING, RowEvent.DROPPED, 1)])
+        )
 
 
-async def test_rows_fall_due_in_order_and_the_next_due_time_is_known(journal: Journal, clock: ManualClock) -> None:
+async def test_rows_fall_due_in_order_and_the_next_due_time_is_known(
+    journal: Journal, clock: ManualClock
+) -> None:
     now = clock.now_us()
 
     def unit(tx: Transaction) -> None:
@@ -191,7 +210,9 @@ async def test_rows_fall_due_in_order_and_the_next_due_time_is_known(journal: Jo
     assert await journal.read(outbox.newest_entry) == 4
 
 
-async def test_the_fresh_row_of_a_commit_is_the_row_that_the_journal_holds(journal: Journal, clock: ManualClock) -> None:
+async def test_the_fresh_row_of_a_commit_is_the_row_that_the_journal_holds(
+    journal: Journal, clock: ManualClock
+) -> None:
     fresh: list[Any] = []
 
     def unit(tx: Transaction) -> None:
