@@ -14,8 +14,9 @@ from agentqd.core.task import TaskRequest, read_task
 from agentqd.core.verdict import CANCELLED
 from agentqd.loops.box import Box
 from agentqd.loops.finishing import AttemptEnd, withdraw_claim
+from agentqd.loops.live import Live
 from agentqd.loops.scheduling import Claim
-from agentqd.loops.supervision import Live, Supervision
+from agentqd.loops.supervision import Supervision
 from agentqd.storage import tasks as store
 from agentqd.storage.tasks import AttemptRow, TaskRow
 from agentqd.supervisor import wire

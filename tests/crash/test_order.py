@@ -116,6 +116,7 @@ def trace_run(box: RealBox, act: Callable[[], None]) -> Seen:
     ]
     act()
     wait_until_at_rest(box, "traced")
+    box.result("traced")  # a mark that came too early is no rest
     for strace in straces:
         strace.detach()
     return Seen(*(read_trace(strace.lines()) for strace in straces))

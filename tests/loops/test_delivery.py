@@ -256,6 +256,21 @@ async def test_fresh_rows_and_those_read_from_the_journal_are_never_sent_both(
     assert len(sent) == 90
 
 
+async def test_a_fresh_row_that_a_look_into_the_journal_has_brought_already_is_sent_once(bench: Bench, plug: Script) -> None:  # fmt: skip
+    plug.batch_max, plug.concurrency = 10, 1
+    plug.gate.clear()
+    async with _running(bench) as runner:
+        await _put(bench, "d0")
+        await bench.until(lambda: plug.seen)
+        await _put(bench, "d1", "d2")  # kept as fresh rows
+        runner.offer([], look=True)  # and to be found in the journal, too
+        plug.gate.set()
+        await _state(bench, "delivered", "delivered", "delivered")
+        await _put(bench, "d3")
+        await _state(bench, "delivered", "delivered", "delivered", "delivered")
+    assert plug.seen == [["d0"], ["d1", "d2"], ["d3"]]
+
+
 async def test_more_rows_than_memory_holds_are_all_sent_once(bench: Bench, plug: Script, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr(module, "_FRESH_MAX", 5)
     plug.batch_max, plug.concurrency = 3, 1

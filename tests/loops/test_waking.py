@@ -55,6 +55,18 @@ async def test_expiry_ends_a_held_and_a_blocked_task_too(bench: Bench, waker: Wa
     assert await bench.states("a", "b", "x") == ["finished", "finished", "queued"]
 
 
+async def test_a_task_that_has_reached_its_start_time_or_ended_its_backoff_can_still_expire(bench: Bench, waker: Waker) -> None:  # fmt: skip
+    await bench.connect()
+    await bench.add(id="b", max_attempts=2, backoff="10s", expires_at=_in(bench, 20))
+    await bench.end("b", exit_code=1)
+    bench.box.draining = True
+    await bench.add(id="a", not_before=_in(bench, 10), expires_at=_in(bench, 20))
+    await _pass(bench, waker, 10)
+    assert await bench.states("a", "b") == ["queued", "queued"]
+    await _pass(bench, waker, 10)
+    assert [(await bench.task(name)).result for name in "ab"] == ["expired", "expired"]
+
+
 async def test_total_timeout_ends_a_waiting_task(bench: Bench, waker: Waker) -> None:
     await bench.add(id="a", total_timeout="5s")
     await _pass(bench, waker, 5)

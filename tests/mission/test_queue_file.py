@@ -508,6 +508,7 @@ for n in range(0, 2500, 25):
                 box.queue_file.rename(box.queue_file.with_name(f"mine-{rotated}.jsonl"))
         time.sleep(0.05)
     wait_for("10,000 tasks", lambda: queued(box) == 10_000)
+    raw_append(box, b"\n" * 70_000)  # what is left in the live file may be small
     box.append({"task": "last", "id": "last", "prompt": "p"})
     wait_for("its own rotation", lambda: list(box.queue_file.parent.glob("tasks-*.jsonl")))
     wait_for("the last one", lambda: queued(box) == 10_001)

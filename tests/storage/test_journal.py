@@ -22,7 +22,7 @@ from agentqd.storage import journal as module
 from agentqd.storage import tasks as store
 from agentqd.storage.journal import Journal
 from agentqd.storage.tasks import NewTask
-from agentqd.storage.transaction import Transaction
+from agentqd.storage.transaction import Transaction, event_hash
 from agentqd.system.clock import ManualClock
 
 
@@ -395,9 +395,21 @@ async def test_a_changed_event_is_found(journal: Journal, path: str, change: str
     assert str(at) in found["reason"]
 
 
-async def test_no_two_events_read_alike_to_the_chain(journal: Journal) -> None:
-    from agentqd.storage.transaction import event_hash
+async def test_a_forger_who_mends_the_hash_of_the_event_is_found_at_the_next_one(
+    journal: Journal, path: str
+) -> None:
+    await _chain(journal)
+    await journal.close()
+    with closing(sqlite3.connect(path)) as other:
+        (before,) = other.execute("SELECT hash FROM events WHERE seq = 4").fetchone()
+        at, task, event = other.execute("SELECT at, task, event FROM events WHERE seq = 5").fetchone()
+        forged = event_hash(before, 5, at, task, event, "{}")
+        other.execute("UPDATE events SET data = '{}', hash = ? WHERE seq = 5", (forged,))
+        other.commit()
+    assert _check(path)["broken_at"] == 6
 
+
+async def test_no_two_events_read_alike_to_the_chain(journal: Journal) -> None:
     hashes = {event_hash(bytes(32), *event) for event in ((1, 2, "a", "b", "{}"), (1, 2, None, "b", "{}"), (12, 2, "a", "b", "{}"),
                                                           (1, 22, "a", "b", "{}"), (1, 2, "ab", "", "{}"))}  # fmt: skip
     assert len(hashes) == 5

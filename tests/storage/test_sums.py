@@ -67,16 +67,14 @@ class Sums(RuleBasedStateMachine):
         self.made += 10
         self._commit(lambda tx: store.insert_tasks(tx, [_new(f"t{self.made + n}", queue, event) for n, event in enumerate(events)]), undo)  # fmt: skip
 
-    @rule(
-        n=st.integers(0, 50),
-        event=st.sampled_from(Event),
-        result=st.sampled_from(["success", "failed"]),
-        undo=st.booleans(),
-    )
-    def move(self, n: int, event: Event, result: str, undo: bool) -> None:
+    @rule(n=st.integers(0, 50), legal=st.sampled_from([True, True, False]), pick=st.integers(0, 50),
+          result=st.sampled_from(["success", "failed"]), undo=st.booleans())  # fmt: skip
+    def move(self, n: int, legal: bool, pick: int, result: str, undo: bool) -> None:
         task = self._task(n)
         if task is None:
             return
+        events = sorted(TABLE[task.state]) if legal else list(Event)
+        event = events[pick % len(events)]
         to = TABLE[task.state].get(event)
         columns = {"result": result} if to is State.FINISHED else {}
 
@@ -102,15 +100,18 @@ class Sums(RuleBasedStateMachine):
 
     @rule(
         n=st.integers(0, 50),
-        event=st.sampled_from(RowEvent),
+        pick=st.integers(0, 50),
         by_person=st.booleans(),
-        was=st.sampled_from(RowState),
+        stale=st.none() | st.sampled_from(RowState),
     )
-    def deliver(self, n: int, event: RowEvent, by_person: bool, was: RowState) -> None:
+    def deliver(self, n: int, pick: int, by_person: bool, stale: RowState | None) -> None:
         rows = self.connection.execute("SELECT entry_seq, sink, state FROM outbox ORDER BY 1, 2").fetchall()
         if not rows:
             return
         seq, sink, state = rows[n % len(rows)]
+        was = stale or RowState(state)
+        events = list(RowEvent) if by_person else sorted(ROW_TABLE[RowState.DELIVERING])
+        event = events[pick % len(events)]
 
         def unit(tx: Transaction) -> None:
             if by_person:
@@ -119,7 +120,7 @@ class Sums(RuleBasedStateMachine):
                 else:
                     with pytest.raises(IllegalTransition):
                         outbox.change_row(tx, seq, sink, event)
-            elif event in ROW_TABLE[RowState.DELIVERING]:
+            else:
                 done = outbox.mark(tx, [Mark(seq, sink, was, event, 1)])
                 assert bool(done) == (was.value == state)
 
@@ -157,7 +158,7 @@ class Sums(RuleBasedStateMachine):
 
 
 TestSums = Sums.TestCase
-TestSums.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestSums.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 
 
 async def test_a_move_from_a_state_that_is_no_more_changes_nothing(journal: Journal) -> None:
@@ -177,6 +178,10 @@ async def test_a_mark_of_a_row_that_a_person_has_dropped_is_left_out(journal: Jo
     marks = [Mark(n, "s", RowState.PENDING, RowEvent.ACKNOWLEDGED, 1, None, n) for n in (1, 2)]
     done = await journal.commit(lambda tx: outbox.mark(tx, marks))
     assert done == marks[1:]
+    counts = await journal.read(
+        lambda c: c.execute("SELECT state, n FROM outbox_counts WHERE n ORDER BY 1").fetchall()
+    )
+    assert counts == [("delivered", 1), ("dropped", 1)]
     assert await journal.read(lambda c: c.execute("SELECT state, position FROM outbox ORDER BY 1").fetchall()) == [("delivered", 2), ("dropped", None)]  # fmt: skip
     assert await journal.read(lambda c: outbox.last_position(c, "s")) == 2
     assert await journal.read(lambda c: outbox.last_position(c, "other")) == 0

@@ -89,7 +89,7 @@ MUTANTS = (
     ),
     Mutant(
         "Forget is sent before the end is durable",
-        "agentqd/loops/supervision.py",
+        "agentqd/loops/ends.py",
         '        failpoint("evidence_durable")\n',
         '        failpoint("evidence_durable")\n'
         "        for end in ready:\n            self._forget(end.task_id, end.attempt)\n",
