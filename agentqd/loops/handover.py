@@ -13,9 +13,11 @@ from agentqd.loops.dropfolder import RESULT_KEY, Scan
 from agentqd.loops.live import Live, Workers
 from agentqd.storage import tasks as store
 from agentqd.storage.transaction import Transaction
+from agentqd.supervisor.procfs import read_process
 from agentqd.system.failpoints import failpoint
 from agentqd.system.inotify import InotifyUnavailable, Overflow
 
+_SETTLE_S: Final = 0.005
 _WATCH_MASK: Final = 0x00000008 | 0x00000080 | 0x01000000  # IN_CLOSE_WRITE, IN_MOVED_TO, IN_ONLYDIR
 
 
@@ -60,6 +62,20 @@ class Handover:
             if not live.ended:
                 await self._take_handed(live)
 
+    async def _still_alive(self, live: Live) -> bool:
+        """Asked after the scan. A file that its writer's death has closed is not handed over: the last scan judges it.
+
+        The kernel closes a dying process's files an instant before it makes it a zombie, and a SIGKILL meets children first; so
+        where the attempt is being ended, that instant is waited out.
+        """
+        if live.ending:
+            await asyncio.sleep(_SETTLE_S)
+        running = live.running
+        if live.ended or running is None:
+            return False
+        process = read_process(running.pid)
+        return process is not None and process.start == running.pid_start and process.state not in {"Z", "X"}
+
     async def _take_handed(self, live: Live) -> None:
         loop = asyncio.get_running_loop()
         folder = f"{self.box.folders.attempt(live.task.id, live.task.attempt)}/outbox"
@@ -77,7 +93,7 @@ class Handover:
         except OSError as error:
             self.box.log.error("handover_failed", task=live.task.id, error=str(error))
             return
-        if not scan.handed or live.ended:
+        if not scan.handed or live.ended or not await self._still_alive(live):
             return
 
         def unit(tx: Transaction) -> set[str]:

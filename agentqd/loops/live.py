@@ -25,7 +25,7 @@ from agentqd.system.inotify import Watcher
 class Live:
     """One attempt that is running as far as the journal knows."""
 
-    __slots__ = ("ended", "keys", "note", "request", "running", "scanning", "taken", "task")
+    __slots__ = ("ended", "ending", "keys", "note", "request", "running", "scanning", "taken", "task")
 
     def __init__(self, task: TaskRow, request: TaskRequest) -> None:
         self.task = task
@@ -36,6 +36,7 @@ class Live:
         self.note: asyncio.TimerHandle | None = None
         self.scanning = asyncio.Lock()
         self.ended = False
+        self.ending = False  # the supervisor is ending it
 
 
 class Workers:

@@ -136,6 +136,8 @@ class Supervision:
         elif isinstance(report, wire.ExecEnded):
             self.execs.ended(report)
         elif isinstance(report, wire.Ending):
+            if report.task in self.live:
+                self.live[report.task].ending = True
             self._workers.submit(
                 lambda tx: self._record_ending(tx, report.task, report.attempt, report.intent)
             )
@@ -167,6 +169,7 @@ class Supervision:
         if live is None or live.task.attempt != report.attempt:
             return
         live.running = report
+        live.ending = report.intent is not None
         loop = asyncio.get_running_loop()
         live.note = loop.call_later(_NOTE_AFTER_S, self._note_start, live, report)
 

@@ -51,7 +51,12 @@ class Strace:
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
-        wait_for(f"strace on {list(tids)}", lambda: self._attached(tids), 10)
+        try:
+            wait_for(f"strace on {list(tids)}", lambda: self._attached(tids), 10)
+        except AssertionError:
+            self._process.kill()
+            self.wait()
+            raise
 
     def _attached(self, tids: Sequence[int]) -> bool:
         if self._process.poll() is not None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from realbox import RealBox, wait_for
 
+from agentqd.supervisor.limits import READY_FOLDERS
+
 
 def daemon_died(box: RealBox) -> bool:
     assert box.daemon is not None
@@ -55,6 +57,13 @@ def connected(box: RealBox) -> bool:
         return told is not None and told["connected"] and told["pid"] == box.supervisor_pid()
     except (OSError, ValueError, IndexError):
         return False
+
+
+def is_idle(box: RealBox) -> bool:
+    """Connected, and its stock of folders is full: it makes no call of its own accord now."""
+    stock = box.state / ".ready"
+    full = stock.is_dir() and len(list(stock.glob("*/attempt-1/stderr"))) >= READY_FOLDERS
+    return full and connected(box)
 
 
 def holders(path: Path) -> list[int]:

@@ -19,7 +19,7 @@ from realbox import RealBox, wait_for
 
 from crash.checker import Side, at_rest, check_all, check_once, wait_until_at_rest
 from crash.inject import MUTATING, Strace, count_calls, is_gone, kill_at, threads_of
-from crash.processes import connected, daemon_died, holders, reap_killed, start_supervisor
+from crash.processes import daemon_died, holders, is_idle, reap_killed, start_supervisor
 
 pytestmark = [pytest.mark.real, pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -411,7 +411,7 @@ def kill_supervisor_once(
 ) -> bool:
     """One run. False: it was over before the N-th call."""
     box = victim.box
-    wait_for("a connected supervisor", lambda: connected(box))
+    wait_for("an idle supervisor", lambda: is_idle(box))
     pid = box.supervisor_pid()
     strace = kill_at([pid], call, when, box.folder / "kill")
     name = append(victim)

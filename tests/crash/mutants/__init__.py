@@ -92,7 +92,7 @@ MUTANTS = (
         "agentqd/loops/ends.py",
         '        failpoint("evidence_durable")\n',
         '        failpoint("evidence_durable")\n'
-        "        for end in ready:\n            self._forget(end.task_id, end.attempt)\n",
+        "        for end in ready:\n            self._workers.forget(end.task_id, end.attempt)\n",
         "test_order.py::test_each_step_waits_for_the_one_before",
         "Forget",
     ),
