@@ -232,8 +232,8 @@ def _check_work(task: TaskRequest) -> None:
 
 
 def _check_when(task: TaskRequest) -> None:
-    not_before = _time("not_before", task.not_before) if task.not_before else None
-    expires = _time("expires_at", task.expires_at) if task.expires_at else None
+    not_before = _time("not_before", task.not_before) if task.not_before is not None else None
+    expires = _time("expires_at", task.expires_at) if task.expires_at is not None else None
     if not_before is not None and expires is not None and expires <= not_before:
         raise _bad("expires_at", "lies before not_before: the task could never run")
     for name in task.after_list():

@@ -59,10 +59,16 @@ def connected(box: RealBox) -> bool:
         return False
 
 
+def without_a_stock(box: RealBox) -> None:
+    """Folders are made by hand: there can be no `.ready`. To be called before the first start."""
+    box.state.mkdir()
+    (box.state / ".ready").touch()
+
+
 def is_idle(box: RealBox) -> bool:
-    """Connected, and its stock of folders is full: it makes no call of its own accord now."""
+    """Connected, and its stock of folders is full (or there can be none): it makes no call of its own accord now."""
     stock = box.state / ".ready"
-    full = stock.is_dir() and len(list(stock.glob("*/attempt-1/stderr"))) >= READY_FOLDERS
+    full = stock.is_file() or len(list(stock.glob("*/attempt-1/stderr"))) >= READY_FOLDERS
     return full and connected(box)
 
 

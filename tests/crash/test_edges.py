@@ -20,7 +20,15 @@ from realbox import RealBox, alive, wait_for
 
 from crash.checker import Side, check_all, check_once, query, wait_until_at_rest
 from crash.inject import Strace, kill_at, threads_of
-from crash.processes import connected, daemon_died, holders, is_stopped, reap_killed, start_supervisor
+from crash.processes import (
+    connected,
+    daemon_died,
+    holders,
+    is_stopped,
+    reap_killed,
+    start_supervisor,
+    without_a_stock,
+)
 
 pytestmark = [pytest.mark.real, pytest.mark.root]
 
@@ -252,22 +260,16 @@ def test_edge_07_a_run_that_was_received_and_not_begun_never_ran(edge: Edge) -> 
     is_withdrawn_and_made_anew(edge)
 
 
-def without_a_stock(edge: Edge) -> None:
-    """Folders are made by hand: there can be no `.ready`."""
-    edge.box.state.mkdir(exist_ok=True)
-    (edge.box.state / ".ready").touch()
-
-
 @pytest.mark.parametrize("when", [2, 3, 4])
 def test_edge_07_a_temporary_folder_is_never_run_and_does_not_stay(edge: Edge, when: int) -> None:
     """mkdirat: the task's folder, the temporary one, outbox, work."""
-    without_a_stock(edge)
+    without_a_stock(edge.box)
     supervisor_dies_at_call(edge, "mkdirat", when)
     is_withdrawn_and_made_anew(edge)
 
 
 def test_edge_08_a_complete_temporary_folder_is_not_an_attempt(edge: Edge) -> None:
-    without_a_stock(edge)
+    without_a_stock(edge.box)
     supervisor_dies_at_call(edge, "renameat", 1)
     is_withdrawn_and_made_anew(edge)
 

@@ -19,7 +19,7 @@ from realbox import RealBox, wait_for
 
 from crash.checker import Side, at_rest, check_all, check_once, wait_until_at_rest
 from crash.inject import MUTATING, Strace, count_calls, is_gone, kill_at, threads_of
-from crash.processes import daemon_died, holders, is_idle, reap_killed, start_supervisor
+from crash.processes import daemon_died, holders, is_idle, reap_killed, start_supervisor, without_a_stock
 
 pytestmark = [pytest.mark.real, pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -73,7 +73,9 @@ class Tally:
         print(f"\n{title}: {self.kills.total()} kills in {time.monotonic() - began:.0f} s: {text}")
 
 
-def share(folder: Path, jobs: list[Callable[[Victim], None]]) -> None:
+def share(
+    folder: Path, jobs: list[Callable[[Victim], None]], prepare: Callable[[RealBox], None] | None = None
+) -> None:
     """Each job on a free box. The first failure is raised; every box is ended."""
     waiting = deque(jobs)
 
@@ -82,6 +84,8 @@ def share(folder: Path, jobs: list[Callable[[Victim], None]]) -> None:
         own.mkdir()
         box = RealBox(own)
         with box:
+            if prepare is not None:
+                prepare(box)
             victim = Victim(box, Side(own / "side"), tag=f"b{number}-")
             while waiting:
                 try:
@@ -323,16 +327,19 @@ def kill_a_start(folder: Path, call: str, when: int) -> bool:
 # The supervisor.
 
 
-@pytest.mark.parametrize("on_lost", ["fail", "requeue"])
-def test_the_supervisor_killed_at_every_call(tmp_path: Path, on_lost: str) -> None:
+@pytest.mark.parametrize(("on_lost", "stock"), [("fail", True), ("fail", False), ("requeue", True)])
+def test_the_supervisor_killed_at_every_call(tmp_path: Path, on_lost: str, stock: bool) -> None:
+    """With a folder from the stock, and with one made by hand."""
     began, tally = time.monotonic(), Tally()
-    run_supervisor_jobs(
-        tmp_path,
-        tally,
-        lambda victim: victim.append(on_lost=on_lost, backoff="50ms"),
-        lambda v, n, k: check_lost(v, n, k, on_lost),
-    )
-    tally.show(f"supervisor, on_lost: {on_lost}", began)
+
+    def append(victim: Victim) -> str:
+        return victim.append(on_lost=on_lost, backoff="50ms")
+
+    def check(victim: Victim, name: str, killed: bool) -> None:
+        check_lost(victim, name, killed, on_lost)
+
+    run_supervisor_jobs(tmp_path, tally, append, check, None if stock else without_a_stock)
+    tally.show(f"supervisor, on_lost: {on_lost}, {'from the stock' if stock else 'made by hand'}", began)
     for call in ("mkdirat", "renameat", "openat", "write", "sendto", "pidfd_open"):
         assert any(what.endswith(call) for what in tally.kills), f"never killed at {call}"
     assert {"clone3", "vfork", "clone"} & set(tally.kills)
@@ -366,10 +373,16 @@ def test_the_supervisor_killed_at_every_call_of_ending_a_tree(tmp_path: Path) ->
 
 
 def run_supervisor_jobs(
-    tmp_path: Path, tally: Tally, append: Callable[[Victim], str], check: Callable[[Victim, str, bool], None]
+    tmp_path: Path,
+    tally: Tally,
+    append: Callable[[Victim], str],
+    check: Callable[[Victim, str, bool], None],
+    prepare: Callable[[RealBox], None] | None = None,
 ) -> None:
     (tmp_path / "look").mkdir()
     with RealBox(tmp_path / "look") as box:
+        if prepare is not None:
+            prepare(box)
         box.start()
         victim = Victim(box, Side(tmp_path / "look" / "side"), tag="look-")
         victim.warm_up()
@@ -381,7 +394,7 @@ def run_supervisor_jobs(
     for call, calls in found.most_common():
         step = 2 if calls > 6 else 1
         jobs += [supervisor_job(tally, call, first, step, append, check) for first in range(1, step + 1)]
-    share(tmp_path, jobs)
+    share(tmp_path, jobs, prepare)
 
 
 def supervisor_job(
