@@ -114,7 +114,7 @@ def _read(
         )
     if size > limits.ENTRY_INLINE_BYTES_MAX:
         digest, blob = _copy(descriptor, size, blobs)
-        broken = "incomplete" if how == "killed" else None
+        broken = "incomplete" if how == "killed" and not _parses(name, blob, size) else None
         return Handed(name, identity, digest, size, None, blob=blob, broken=broken)
     content = os.pread(descriptor, size + 1, 0)
     digest = hashlib.sha256(content).hexdigest()
@@ -127,6 +127,18 @@ def _read(
     elif how == "killed":
         broken = "incomplete"
     return Handed(name, identity, digest, len(content), content, broken=broken)
+
+
+def _parses(name: str, blob: str, size: int) -> bool:
+    """Is this large file, after a kill, a `.json` that parses? Beyond the limit it is not read, and counts as incomplete."""
+    if not name.endswith(".json") or size > limits.JSON_CHECK_BYTES_MAX:
+        return False
+    with open(blob, "rb") as file:
+        try:
+            msgspec.json.decode(file.read())
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return False
+    return True
 
 
 def _copy(descriptor: int, size: int, blobs: str) -> tuple[str, str]:

@@ -159,6 +159,11 @@ class Intake:
             return prepare(line.raw, source, place, self.box)
         except InvalidTask as wrong:
             return wrong
+        except Exception as error:  # noqa: BLE001 - invariant 3: it costs this line, never the queue
+            self.box.log.error("line_failed", error=repr(error), offset=line.offset)
+            return InvalidTask(
+                f"agentqd failed on this line: {error!r}; please report it"[:400], code="internal_error"
+            )
 
     def _record(self, tx: Transaction, chunk: Chunk, reads: list[Read]) -> None:
         outcomes = admit(tx, self.box, [read.outcome for read in reads])

@@ -14,8 +14,11 @@ import shutil
 import sqlite3
 from typing import Final
 
+from agentqd.core.resolve import resolve
+from agentqd.core.task import read_task
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
+from agentqd.storage import tasks as store
 from agentqd.storage.transaction import Transaction
 
 US: Final = 1_000_000
@@ -61,10 +64,19 @@ class Retention:
             " ORDER BY t.finished_at LIMIT ?",
             (now - int(retention.tasks * US), _STEP),
         ).fetchall()
+        rows = [(seq, at) for seq, at in rows if not self._dedup_holds(connection, seq, at, now)]
         if oldest is None:
             return [seq for seq, _ in rows]
         unpulled_limit = now - int(retention.unpulled * US)
         return [seq for seq, at in rows if at < unpulled_limit or not self._unpulled(connection, seq, oldest)]
+
+    def _dedup_holds(self, connection: sqlite3.Connection, seq: int, finished_at: int, now: int) -> bool:
+        """A task answers replays of its id for its dedup_ttl, however short `retention.tasks` is."""
+        task = store.get(connection, seq)
+        request = read_task(store.spec_of(connection, seq)[0])
+        return now < finished_at + int(
+            resolve(request, task.queue, task.runner, self.box.settings).dedup_ttl_s * US
+        )
 
     @staticmethod
     def _unpulled(connection: sqlite3.Connection, seq: int, oldest: int) -> bool:

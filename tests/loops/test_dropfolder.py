@@ -161,10 +161,6 @@ async def test_after_a_kill_only_json_that_parses_counts_and_the_key_of_others_i
     assert sorted(row[2] for row in await _rows(bench)) == ["dead", "pending"]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a large .json is copied unread, so that after a kill it is set aside although it parses",
-)
 async def test_after_a_kill_a_large_json_that_parses_counts(drop: Path) -> None:
     (drop / "large.json").write_bytes(b'"%s"' % (b"x" * LARGE))
     assert _scan(drop, "killed").handed[0].broken is None

@@ -159,10 +159,6 @@ async def test_a_large_entry_of_two_tasks_goes_with_the_last_of_them(bench: Benc
     assert not blob.exists()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="retention.tasks shorter than a task's dedup_ttl forgets its id: a replay inside the ttl runs again",
-)
 async def test_an_id_is_remembered_for_its_dedup_ttl_whatever_retention_says(bench: Bench) -> None:
     await bench.connect()
     await bench.add(id="a", dedup_ttl="90d")

@@ -139,6 +139,7 @@ def test_a_torn_tail_of_the_completion_file_is_cut_and_its_line_sent_again(box: 
 def test_a_completion_file_replaced_while_in_use_is_told_and_loses_no_row(box: RealBox) -> None:
     box.append({"task": "one", "prompt": "echo x"})
     box.result("one")
+    wait_for("its mark", lambda: box.status()["sinks"]["completions"]["delivered"] == 1)
     path = box.state / "completions.jsonl"
     path.rename(path.with_name("taken-away"))
     box.append({"task": "two", "prompt": "echo x"})

@@ -362,7 +362,7 @@ sys.exit(main.main(sys.argv[1:]))
         "--runtime-dir",
         str(tmp_path / "run"),
     ]
-    done = subprocess.run(command, capture_output=True, timeout=30, check=False)
+    done = subprocess.run(command, capture_output=True, timeout=10, check=False)
     assert done.returncode == 1
     assert "network file system (nfs4)" in done.stderr.decode()
     assert not (tmp_path / "state" / "journal.db").exists()
