@@ -62,8 +62,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def _reason(report: pytest.TestReport) -> str:
-    if isinstance(report.longrepr, tuple):
-        return report.longrepr[2].removeprefix("Skipped: ")
+    if isinstance(
+        report.longrepr, tuple | list
+    ):  # (file, line, reason); a list when it comes from another process
+        return str(report.longrepr[2]).removeprefix("Skipped: ")
     return str(report.longrepr)
 
 

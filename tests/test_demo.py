@@ -7,13 +7,22 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.real
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A short path: sockets lie below it."""
+    with tempfile.TemporaryDirectory(prefix="aqd-", dir="/tmp") as path:
+        yield Path(path)
 
 
 def start_demo(folder: Path, *command: str) -> subprocess.Popen[str]:
@@ -40,8 +49,8 @@ def left_behind(folder: Path) -> list[str]:
     return found
 
 
-def test_demo_shows_the_mission_and_leaves_nothing(tmp_path: Path) -> None:
-    demo = start_demo(tmp_path)
+def test_demo_shows_the_mission_and_leaves_nothing(folder: Path) -> None:
+    demo = start_demo(folder)
     said, _ = demo.communicate(timeout=100)
     assert demo.returncode == 0, said
     for claim in (
@@ -52,25 +61,25 @@ def test_demo_shows_the_mission_and_leaves_nothing(tmp_path: Path) -> None:
         "none twice",
     ):
         assert claim in said
-    assert left_behind(tmp_path) == []
+    assert left_behind(folder) == []
 
 
-def test_demo_fails_when_a_claim_does_not_hold(tmp_path: Path) -> None:
+def test_demo_fails_when_a_claim_does_not_hold(folder: Path) -> None:
     broken = (
         "import sys; sys.path.insert(0, 'script'); import demo; demo.WAIT_S = 5;"
         "demo.Demo.result = lambda self, name, real=demo.Demo.result: {**real(self, name), 'status': 'failed'};"
         "sys.exit(demo.main())"
     )
-    demo = start_demo(tmp_path, "-c", broken)
+    demo = start_demo(folder, "-c", broken)
     said, _ = demo.communicate(timeout=100)
     assert demo.returncode == 1, said
     assert "The demo failed: not so: the task ended well" in said
-    assert left_behind(tmp_path) == []
+    assert left_behind(folder) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_demo_interrupted_in_mid_task_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    demo = start_demo(tmp_path)
+def test_demo_interrupted_in_mid_task_leaves_nothing(folder: Path, number: signal.Signals) -> None:
+    demo = start_demo(folder)
     assert demo.stdout is not None
     seen = ""
     deadline = time.monotonic() + 60
@@ -79,4 +88,4 @@ def test_demo_interrupted_in_mid_task_leaves_nothing(tmp_path: Path, number: sig
     os.killpg(demo.pid, number)
     rest, _ = demo.communicate(timeout=60)
     assert demo.returncode == 128 + number, seen + rest
-    assert left_behind(tmp_path) == []
+    assert left_behind(folder) == []

@@ -119,7 +119,8 @@ def test_the_daemon_killed_at_every_call_of_every_thread(tmp_path: Path) -> None
         jobs += [daemon_job(tally, role, call, first, step) for first in range(1, step + 1)]
     share(tmp_path, jobs)
     tally.show("daemon", began)
-    assert tally.kills.total() >= 60, tally.kills
+    calls = sum(found.values())
+    assert tally.kills.total() >= 0.8 * calls, f"{tally.kills.total()} kills where {calls} calls were seen"
     for call in ("pwrite64", "fdatasync", "fsync", "openat", "sendto", "write"):
         assert any(what.endswith(call) for what in tally.kills), f"never killed at {call}"
 

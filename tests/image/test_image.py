@@ -20,7 +20,13 @@ PROJECT = Path(__file__).resolve().parents[2]
 TOOLS = ("buildah", "podman", "crun", "mmdebstrap", "unshare", "nsenter")
 IMAGE = "localhost/agentqd-test"
 
-pytestmark = [pytest.mark.image, pytest.mark.root, pytest.mark.real, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.xdist_group("image"),
+    pytest.mark.image,
+    pytest.mark.root,
+    pytest.mark.real,
+    pytest.mark.timeout(300),
+]
 
 
 class Engine:

@@ -10,7 +10,13 @@ import pytest
 
 from systemd.nspawn import Box, install_commands, wait_for
 
-pytestmark = [pytest.mark.systemd, pytest.mark.root, pytest.mark.real, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.xdist_group("systemd"),
+    pytest.mark.systemd,
+    pytest.mark.root,
+    pytest.mark.real,
+    pytest.mark.timeout(300),
+]
 
 UNITS = ("agentqd", "agentqd-supervisor")
 WAITS_FOR = "until [ -e /tmp/go-{name} ]; do sleep 0.1; done; echo pid $$ has finished"
