@@ -372,11 +372,12 @@ class QueueSources:
             return None
 
     def _unknown_names(self) -> list[str]:
+        """Regular files that are no source, whatever name a rotation gave them; our own rejected.jsonl is none."""
         known = {(source.dev, source.ino) for source in self.all}
         return [
             name
             for key, name in regular_files(self.path, LIVE_NAME).items()
-            if key not in known and name.startswith("tasks")
+            if key not in known and not name.startswith(("rejected", "."))
         ]
 
     def _make_folder(self) -> None:

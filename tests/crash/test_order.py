@@ -126,7 +126,9 @@ def trace_run(box: RealBox, act: Callable[[], None]) -> Seen:
 def traced(make_box: MakeBox) -> tuple[RealBox, Seen]:
     """One run that leaves stdout and a file in work/, on a box that has run one before."""
     box = make_box()
-    box.append({"task": "first", "prompt": "echo hi; echo x > made"})
+    box.append(
+        {"task": "first", "prompt": "sleep 0.1; echo hi; echo x > made"}
+    )  # slow: mutants must get past it
     wait_until_at_rest(box, "first")
     run = trace_run(
         box, lambda: box.append({"task": "traced", "prompt": "echo hi; echo x > made; sleep 0.2"})

@@ -532,10 +532,6 @@ def test_two_rotations_between_two_looks_lose_no_line(box: RealBox) -> None:
 
 
 @pytest.mark.row(25)
-@pytest.mark.xfail(
-    strict=True,
-    reason="a file that was live between two looks is found by a name that starts with tasks only",
-)
 def test_two_rotations_between_two_looks_lose_no_line_whatever_the_new_name(box: RealBox) -> None:
     rotate_twice_unseen(box, ("mine-1.jsonl", "mine-2.jsonl"))
 
