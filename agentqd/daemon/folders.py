@@ -62,6 +62,9 @@ def _open_to_group(folders: Folders, gid: int) -> None:
         ):
             os.chown(path, -1, gid)
             os.chmod(path, mode)
+        if os.path.isfile(folders.queue_file) and not os.path.islink(folders.queue_file):
+            os.chown(folders.queue_file, -1, gid)  # made before there was a group, or by a client
+            os.chmod(folders.queue_file, 0o660)
     except OSError as error:
         raise StateFolderError(
             f"{error.filename}: cannot be opened to control.group: {error.strerror}"

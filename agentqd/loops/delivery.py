@@ -131,14 +131,18 @@ class SinkRunner:
             rows = outbox.due(connection, self.name, now, limit)
             return rows, newest, outbox.next_due(connection, self.name, now)
 
+        before = frozenset(
+            self.in_flight
+        )  # the read may see them as they were before their marks became durable
         rows, newest, later = await self.box.journal.read(query)
-        waiting = [row for row in rows if row.entry_seq not in self.in_flight]
+        waiting = [row for row in rows if row.entry_seq not in before and row.entry_seq not in self.in_flight]
         if len(rows) >= limit or len(waiting) > self._sink.batch_max:
             self._look = True
             self._fresh.clear()
         else:
             self._covered = max(self._covered, newest, *(row.entry_seq for row in rows))
-        self._look_at = later
+        if later is not None:  # a send that was deferred meanwhile has set its own
+            self._look_at = later if self._look_at is None else min(later, self._look_at)
         return waiting[: self._sink.batch_max]
 
     def _idle_s(self) -> float:

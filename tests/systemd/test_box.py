@@ -121,7 +121,7 @@ def test_reload_applies_an_edited_config_and_keeps_the_process(machine: Box) -> 
     write_config(machine, "queues: {default: {concurrency: 7}}")
     try:
         machine.run("systemctl", "reload", "agentqd")
-        assert concurrency(machine) == 7
+        wait_for("the reload", lambda: concurrency(machine) == 7)
         write_config(machine, "queues: {default: {concurrency: seven}}")
         with pytest.raises(AssertionError, match=r"Job for agentqd\.service failed"):
             machine.run("systemctl", "reload", "agentqd")
