@@ -46,6 +46,9 @@ def _config_path(argument: str | None) -> tuple[str, bool]:
     named = argument or os.environ.get("AGENTQD_CONFIG")
     if named:
         return os.path.abspath(named), True
+    unit = os.environ.get("CONFIGURATION_DIRECTORY", "").split(":")[0]  # systemd's ConfigurationDirectory=
+    if unit.startswith("/"):
+        return f"{unit}/agentqd.yaml", False
     if os.geteuid() == 0:
         return SYSTEM_CONFIG, False
     base = os.environ.get("XDG_CONFIG_HOME", "")
