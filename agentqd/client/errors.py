@@ -7,6 +7,10 @@ from typing import Any
 from agentqd.core import errors
 from agentqd.core.errors import AgentqError, Unreachable
 
+NO_DAEMON = (
+    "no_daemon"  # code of an Unreachable: the box is there, its daemon is not; its queue file can be written
+)
+
 
 class AnswerLost(Unreachable):
     """The request was sent, at least in part, and no whole answer came: what it did is unknown."""

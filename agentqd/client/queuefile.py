@@ -28,6 +28,8 @@ LINE_BYTES_USUAL_MAX = 1 * MIB  # the daemon's default limits.line_bytes_max; lo
 class QueueFile:
     """The queue file of one state folder. Every method raises AgentqError with the path and what to do."""
 
+    line_bytes_max = LINE_BYTES_USUAL_MAX
+
     def __init__(self, folders: Folders) -> None:
         self.folders = folders
 
