@@ -5,14 +5,18 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from agentqd.cli.output import Output
 from agentqd.client.box import Box, Where, local_box
+from agentqd.core.errors import Unreachable
 
-WHERE_OPTIONS = ("socket", "state_dir", "runtime_dir")
+if TYPE_CHECKING:
+    from agentqd.client.spool import Spool
+
+WHERE_OPTIONS = ("box", "socket", "state_dir", "runtime_dir")
 
 
 class Call:
@@ -22,14 +26,44 @@ class Call:
         self.where = where
         self.out = Output(as_json=as_json)
         self.as_json = as_json
+        self._bare_box: Box | None = None
         self._box: Box | None = None
 
     @property
     def box(self) -> Box:
-        """The daemon that this command is for; made at first use, reached at the first call."""
+        """The daemon that this command is for; made at first use, reached at the first call. What is spooled for it goes
+        first."""
         if self._box is None:
-            self._box = local_box(self.where, os.environ, os.getuid())
+            self._box = self.bare_box
+            if self.spool is not None and os.path.isdir(self.spool.folder):
+                from agentqd.cli.spooled import with_spool
+
+                self._box = with_spool(self, self.spool, self.bare_box)
         return self._box
+
+    @property
+    def bare_box(self) -> Box:
+        """The same, that leaves the spool alone."""
+        if self._bare_box is None:
+            self._bare_box = open_box(self.where)
+        return self._bare_box
+
+    @property
+    def spool(self) -> Spool | None:
+        """What waits here for the box; none for a daemon on this machine."""
+        if not self.where.box:
+            return None
+        from agentqd.client.spool import Spool
+        from agentqd.client.spoolfolder import spool_root
+
+        return Spool(spool_root(os.environ), self.where.box)
+
+
+def open_box(where: Where) -> Box:
+    """A box by name, or the daemon of this machine."""
+    if where.box:
+        raise Unreachable(f"there is no box {where.box}")
+    return local_box(where, os.environ, os.getuid())
 
 
 class Verb(click.Command):
@@ -63,6 +97,9 @@ class PlainVerb(Verb):
 def where_options(*, hidden: bool) -> list[click.Parameter]:
     """Which daemon. Shown in the help of `agentqctl` itself, understood after every verb too."""
     return [
+        click.Option(
+            ["--box"], metavar="NAME", hidden=hidden, envvar="AGENTQCTL_BOX", help="A box, over SSH."
+        ),
         click.Option(
             ["--socket"], metavar="PATH", hidden=hidden, help="The daemon's control socket (AGENTQD_SOCKET)."
         ),

@@ -33,6 +33,7 @@ class Box(NamedTuple):
 class Where(NamedTuple):
     """What the command line said."""
 
+    box: str | None = None
     socket: str | None = None
     state_dir: str | None = None
     runtime_dir: str | None = None

@@ -56,9 +56,9 @@ async def submit(call: Call) -> web.StreamResponse:
         return _said(room, await _submit(room, raw, source))
     except InvalidTask as wrong:
         told = wrong
-    at = Rejected(
-        place=f"spool:{key}:{hashlib.sha256(raw).hexdigest()[:16]}", where="from a laptop's spool", raw=raw
-    )
+    most = int(room.box.settings.limits.line_bytes_max)
+    place = f"spool:{key}:{hashlib.sha256(raw).hexdigest()[:16]}"
+    at = Rejected(place, "from a laptop's spool", raw[:most], too_long=len(raw) > most)
     await room.box.journal.commit(lambda tx: reject(tx, room.box, at, told))
     raise told
 
