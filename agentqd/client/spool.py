@@ -12,6 +12,7 @@ An entry is two lines: a head (JSON), then the body as it is sent. `refused/` ke
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -34,6 +35,9 @@ POLL_S = 0.01
 HEAD_BYTES_MAX = 64 * 1024
 ENTRY_BYTES_MAX = CONTROL_BODY_BYTES_MAX + MIB
 DRAFT_AGE_MAX_S = 3600.0
+_NO_FILE = (
+    errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EIO, errno.EOPNOTSUPP, errno.ENODEV,
+)  # fmt: skip
 _NAME = re.compile(r"([0-9]{12})-([A-Za-z0-9_-]{1,64})\.json")
 
 
@@ -173,10 +177,8 @@ class Spool:
     def adopt(self, entry: Entry) -> Kept | None:
         """Attends to an entry that is there already. None: somebody else does, or it is gone. Raises Damaged."""
         try:
-            fd = os.open(
-                f"{self.folder}/{entry.file}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-            )
-        except OSError:
+            fd = _open(f"{self.folder}/{entry.file}")
+        except FileNotFoundError:
             return None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -339,21 +341,30 @@ def _written(head: Head, body: bytes) -> bytes:
     return encode_json(sealed) + b"\n" + body + b"\n"
 
 
-def _read(path: str, entry: Entry, *, whole: bool) -> tuple[Head, bytes]:
+def _open(path: str) -> int:
+    """An entry's file, whatever may lie there in its place. Raises Damaged, FileNotFoundError, OSError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise
     except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
         raise Damaged(f"cannot be opened: {error.strerror}") from None
-    with os.fdopen(fd, "rb") as file:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise Damaged("not a regular file")
-        if found.st_uid != os.getuid():
-            raise Damaged(f"belongs to uid {found.st_uid}")
-        if found.st_size > ENTRY_BYTES_MAX:
-            raise Damaged(f"{found.st_size} bytes")
+    found = os.fstat(fd)
+    wrong = None
+    if not stat.S_ISREG(found.st_mode):
+        wrong = "not a regular file"
+    elif found.st_uid != os.getuid():
+        wrong = f"belongs to uid {found.st_uid}"
+    elif found.st_size > ENTRY_BYTES_MAX:
+        wrong = f"{found.st_size} bytes"
+    if wrong is not None:
+        os.close(fd)
+        raise Damaged(wrong)
+    return fd
+
+
+def _read(path: str, entry: Entry, *, whole: bool) -> tuple[Head, bytes]:
+    with os.fdopen(_open(path), "rb") as file:
         try:
             first = file.readline(HEAD_BYTES_MAX)
             body = file.read() if whole else b""
