@@ -7,7 +7,7 @@ from typing import Any
 
 from agentqd.cli.verb import Call
 from agentqd.client.box import Box
-from agentqd.client.flush import Report, flush_spool, flushing
+from agentqd.client.flush import Report, flush_spool, flushing, may_pass
 from agentqd.client.patience import WAIT_FIRST_S
 from agentqd.client.spool import Spool
 from agentqd.client.spooling import spooled_view
@@ -105,7 +105,7 @@ def until_sent(call: Call, spool: Spool, task_id: str, until: float | None) -> b
         if spool.find(task_id) is None:
             return True
         stopped = report.stopped
-        if stopped is not None and not isinstance(stopped, Unreachable) and stopped.http_status < 500:
+        if stopped is not None and not may_pass(stopped):
             raise stopped  # a key that is not accepted: waiting mends nothing
         now = time.monotonic()
         if until is not None and now >= until:

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from agentqd.client.box import Box
+from agentqd.client.box import Box, is_absent
 from agentqd.client.channel import Channel, Transport
 from agentqd.client.connection import Connection, Object
-from agentqd.client.errors import NO_DAEMON, AnswerLost
+from agentqd.client.errors import AnswerLost, BoxUnreachable
 from agentqd.client.spool import Damaged, Entry, Head, Kept, Spool
 from agentqd.client.tasks import put_line
 from agentqd.core.errors import (
@@ -27,6 +27,7 @@ from agentqd.core.errors import (
     AgentqError,
     InvalidTask,
     NotPermitted,
+    RefusedForNow,
     Unreachable,
 )
 
@@ -73,8 +74,18 @@ class Report:
 
 
 def is_final(error: AgentqError) -> bool:
-    """The box, or the rules, will never take it as it is."""
-    return not isinstance(error, Unreachable) and error.http_status in _FINAL_STATUSES
+    """The box, or the rules, will never take it as it is. (Not what is wrong with this machine's own config.)"""
+    return isinstance(error, InvalidTask) or (_is_answer(error) and error.http_status in _FINAL_STATUSES)
+
+
+def may_pass(error: AgentqError) -> bool:
+    """Whether the same may succeed later without a person."""
+    return isinstance(error, Unreachable | RefusedForNow) or (_is_answer(error) and error.http_status >= 500)
+
+
+def _is_answer(error: AgentqError) -> bool:
+    """The box's own word (client/errors.py), not an error of ours."""
+    return type(error) is AgentqError
 
 
 class Flush:
@@ -170,7 +181,7 @@ class Flush:
         try:
             return again_if_lost(lambda: self._post_cancel(head), self._sleep)
         except Unreachable as error:
-            if error.code == NO_DAEMON:
+            if is_absent(error):
                 return None
             raise
 
@@ -237,7 +248,7 @@ def submit_once(
             lambda: box.connection.post_raw("tasks", body=body, query={"spooled": spooled}), sleep
         )
     except Unreachable as error:
-        if error.code != NO_DAEMON:
+        if not is_absent(error):
             raise
         absent = error
     if spooled is None:
@@ -250,8 +261,11 @@ def submit_once(
         raise InvalidTask(f"{task_id}: not JSON", code="invalid_json") from None
     queue = box.queue()
     if len(body) > queue.line_bytes_max and not isinstance(fields.get("prompt"), str):
-        raise absent  # too long for a line, and no prompt to put beside it: only a daemon can take it
-    return put_line(queue, fields, body)
+        raise absent  # no prompt to put beside it: only a daemon can take it
+    try:
+        return put_line(queue, fields, body)
+    except InvalidTask as error:
+        raise (absent if error.code == "line_too_long" else error) from None
 
 
 def flush_spool(box: Box, spool: Spool, wait_s: float = 0.0) -> Report:
@@ -283,7 +297,7 @@ class FlushingTransport:
             report = flush_spool(self._box, self._spool)
             self._tell(report)
             stopped = report.stopped
-            if type(stopped) is Unreachable and stopped.code != NO_DAEMON:
+            if isinstance(stopped, BoxUnreachable):
                 raise stopped  # nothing of this request was sent either; no second wait to learn the same
         return self._box.connection.transport.open()
 

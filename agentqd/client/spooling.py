@@ -10,7 +10,7 @@ from typing import Any
 from agentqd.client.box import Box
 from agentqd.client.connection import Object, encode_json
 from agentqd.client.errors import AnswerLost, BadAnswer
-from agentqd.client.flush import Flush, Report, again_if_lost, submit_once
+from agentqd.client.flush import Flush, Report, again_if_lost, may_pass, submit_once
 from agentqd.client.spool import Damaged, Entry, Head, Kept, Spool
 from agentqd.core.errors import (
     AgentqError,
@@ -106,7 +106,7 @@ def _send(box: Box, spool: Spool, kept: Kept, tell: Tell) -> tuple[Object | None
                         f"{spool.folder}/{kept.entry.file}: {error or 'it is gone'}"
                     ) from None
                 except AgentqError as error:
-                    if _may_succeed_later(error):
+                    if may_pass(error) and not _is_refusal_for_now(error):
                         return None, error
                     spool.remove(kept.entry)
                     raise
@@ -122,13 +122,9 @@ def _send(box: Box, spool: Spool, kept: Kept, tell: Tell) -> tuple[Object | None
         time.sleep(POLL_S)
 
 
-def _may_succeed_later(error: AgentqError) -> bool:
-    """Not reached, or its outcome unknown; everything else is the box's word on it."""
-    return isinstance(error, Unreachable) or (error.http_status >= 500 and not _is_refusal_for_now(error))
-
-
 def _is_refusal_for_now(error: AgentqError) -> bool:
-    return error.code == RefusedForNow.code
+    """The box was reached, and says so: told at once, and nothing is kept here."""
+    return isinstance(error, RefusedForNow) or error.code == RefusedForNow.code
 
 
 def _check_spooled(spool: Spool, kept: Kept, fields: dict[str, Any], body: bytes, why: AgentqError) -> None:

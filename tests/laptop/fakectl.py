@@ -12,7 +12,7 @@ from agentqd.cli import main, verb
 from agentqd.client.box import Box, Where
 from agentqd.client.channel import SocketChannel
 from agentqd.client.connection import Connection
-from agentqd.client.errors import NO_DAEMON
+from agentqd.client.errors import BoxUnreachable, NoSuchBox
 from agentqd.client.queuefile import QueueFile
 from agentqd.core.errors import Unreachable
 from agentqd.core.folders import Folders
@@ -45,8 +45,8 @@ class LinkTransport:
             return SocketChannel(sock)
         sock.close()
         if said == b"N":
-            raise Unreachable("the box has no daemon", code=NO_DAEMON)
-        raise Unreachable("the box is not reachable")
+            raise Unreachable("the box has no daemon")
+        raise BoxUnreachable("the box is not reachable")
 
 
 class ShortLines(QueueFile):
@@ -61,7 +61,7 @@ def far_box(link: str, state: str) -> Box:
         sock, said = transport.greet()
         sock.close()
         if not said:
-            raise Unreachable("the box is not reachable")
+            raise BoxUnreachable("the box is not reachable")
         return ShortLines(folders)
 
     return Box(Connection(transport, TIMEOUT_S), queue, lambda: folders, reconnect_s=float("inf"))
@@ -70,7 +70,7 @@ def far_box(link: str, state: str) -> Box:
 def open_box(where: Where) -> Box:
     known = json.loads(os.environ["AGENTQ_TEST_BOXES"])
     if where.box not in known:
-        raise Unreachable(f"there is no box {where.box}", code="no_such_box")
+        raise NoSuchBox(f"there is no box {where.box}")
     return far_box(**known[where.box])
 
 

@@ -425,9 +425,15 @@ def test_a_box_that_is_not_known_any_more_keeps_the_others_from_nothing(here: Wo
     Spool(f"{here.state}/agentqctl/spool", "away").put("submit", "x1", "x", b"{}").release()
     here.link.up()
     flushed = here.ctl("flush", "--json", box=False)
-    assert flushed.code == 69
+    assert flushed.code == 2
     assert {item["box"]: item["left"] for item in flushed.json} == {"away": 1, "box1": 0}
     here.check_once("a")
+
+
+def test_a_box_that_nobody_knows_is_an_error_and_nothing_is_kept(here: World) -> None:
+    done = here.ctl("--box", "nobody", "submit", "x", box=False)
+    assert done.code == 2
+    assert here.ctl("spool", "list", "--json", box=False).json == []
 
 
 def test_a_box_name_is_never_a_path(here: World) -> None:
