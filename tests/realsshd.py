@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import pytest
-
 from realbox import alive, wait_for
 
 SSHD = "/usr/sbin/sshd"
@@ -349,6 +348,6 @@ def _penalties() -> list[str]:
     said = subprocess.run([SSHD, "-V"], capture_output=True, text=True, check=False)
     version = (said.stdout + said.stderr).partition("OpenSSH_")[2][:4].split("p")[0]
     with contextlib.suppress(ValueError):
-        if float(version) >= 9.8 or version.startswith("1"):  # noqa: PLR2004
+        if float(version) >= 9.8 or version.startswith("1"):
             return ["PerSourcePenalties no"]
     return []

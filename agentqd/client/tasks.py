@@ -10,7 +10,6 @@ from agentqd.client.box import Box, is_absent
 from agentqd.client.connection import LONG_POLL_S, encode_json, take
 from agentqd.client.errors import AnswerLost
 from agentqd.client.patience import Patience, may_come_back
-from agentqd.client.queuefile import LINE_BYTES_USUAL_MAX
 from agentqd.core import errors
 from agentqd.core.errors import AgentqError, Unreachable
 
@@ -51,7 +50,7 @@ def keep_task(box: Box, fields: dict[str, Any]) -> dict[str, Any]:
     queue = box.queue()
     line = encode_json(fields)
     read_task(line)
-    if len(line) > LINE_BYTES_USUAL_MAX and "prompt" in fields:
+    if len(line) > queue.line_bytes_max and "prompt" in fields:
         rest = {name: value for name, value in fields.items() if name != "prompt"}
         line = encode_json({**rest, "prompt_ref": queue.put_prompt(fields["id"], fields["prompt"].encode())})
     queue.append([line])
