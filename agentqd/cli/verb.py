@@ -10,21 +10,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agentqd.cli.output import Output
-from agentqd.client.box import Box, Where, local_box
-from agentqd.core.errors import Unreachable
+from agentqd.client.box import Box, Where, find_box
+from agentqd.core.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from agentqd.client.spool import Spool
 
-WHERE_OPTIONS = ("box", "socket", "state_dir", "runtime_dir")
+LOCAL_OPTIONS = ("socket", "state_dir", "runtime_dir")
+WHERE_OPTIONS = (*LOCAL_OPTIONS, "box")
+BOX_VARIABLE = "AGENTQCTL_BOX"
+ALL_BOXES = "all"
 
 
 class Call:
     """One run of one verb."""
 
-    def __init__(self, where: Where, *, as_json: bool) -> None:
+    def __init__(self, where: Where, *, as_json: bool, out: Output | None = None) -> None:
         self.where = where
-        self.out = Output(as_json=as_json)
+        self.out = out or Output(as_json=as_json)
         self.as_json = as_json
         self._bare_box: Box | None = None
         self._box: Box | None = None
@@ -45,7 +48,7 @@ class Call:
     def bare_box(self) -> Box:
         """The same, that leaves the spool alone."""
         if self._bare_box is None:
-            self._bare_box = open_box(self.where)
+            self._bare_box = find_box(self.where, os.environ, os.getuid(), self.out.note)
         return self._bare_box
 
     @property
@@ -58,12 +61,18 @@ class Call:
 
         return Spool(spool_root(os.environ), self.where.box)
 
-
-def open_box(where: Where) -> Box:
-    """A box by name, or the daemon of this machine."""
-    if where.box:
-        raise Unreachable(f"there is no box {where.box}")
-    return local_box(where, os.environ, os.getuid())
+    def on_the_box(self, option: str, path: str, base: str | None = None) -> str:
+        """A path of the command line as the box knows it: absolute, from `base` or the caller's folder. With --box there is
+        no such folder, and the home there is not known while the box is away. Raises InvalidRequest."""
+        if not self.where.box:
+            return os.path.join(base or os.getcwd(), os.path.expanduser(path))
+        found = os.path.join(base or "", path)
+        if not found.startswith("/"):
+            raise InvalidRequest(
+                f"{option} {path}: with --box this is a path on the box, and it must be absolute (/...)",
+                field=option,
+            )
+        return found
 
 
 class Verb(click.Command):
@@ -71,8 +80,11 @@ class Verb(click.Command):
 
     takes_json = True
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
+    def __init__(self, *args: Any, all_boxes: str | None = None, **settings: Any) -> None:
         super().__init__(*args, **settings)
+        self._all_boxes = (
+            all_boxes  # how `--box all` answers in JSON: "object" by name, "lines" with the name in each
+        )
         if self.takes_json:
             self.params.append(
                 click.Option(["--json", "as_json"], is_flag=True, help="JSON on stdout, errors too.")
@@ -83,8 +95,13 @@ class Verb(click.Command):
         gc.enable()
         said = {name: ctx.params.pop(name) for name in WHERE_OPTIONS}
         outer = ctx.find_root().params
-        where = Where(**{name: said[name] or outer.get(name) for name in WHERE_OPTIONS})
-        ctx.params["call"] = Call(where, as_json=bool(ctx.params.pop("as_json", False)))
+        where = which_box({name: said[name] or outer.get(name) for name in WHERE_OPTIONS})
+        as_json = bool(ctx.params.pop("as_json", False))
+        if where.box == ALL_BOXES and self._all_boxes is not None:
+            from agentqd.cli.allboxes import run_on_all
+
+            return run_on_all(super().invoke, ctx, as_json=as_json, as_lines=self._all_boxes == "lines")
+        ctx.params["call"] = Call(where, as_json=as_json)
         return super().invoke(ctx)
 
 
@@ -94,11 +111,26 @@ class PlainVerb(Verb):
     takes_json = False
 
 
+def which_box(said: dict[str, str | None]) -> Where:
+    """The command line beats AGENTQCTL_BOX, and a socket or folder of this machine named there means this machine."""
+    here = [name for name in LOCAL_OPTIONS if said[name]]
+    if said["box"] and here:
+        option = "--" + here[0].replace("_", "-")
+        raise click.UsageError(
+            f"--box and {option}: give one ({option} is of this machine; a box's folders: box add)"
+        )
+    box = said["box"] if said["box"] is not None or here else os.environ.get(BOX_VARIABLE)
+    return Where(**{**said, "box": box or None})
+
+
 def where_options(*, hidden: bool) -> list[click.Parameter]:
     """Which daemon. Shown in the help of `agentqctl` itself, understood after every verb too."""
     return [
         click.Option(
-            ["--box"], metavar="NAME", hidden=hidden, envvar="AGENTQCTL_BOX", help="A box, over SSH."
+            ["--box"],
+            metavar="NAME",
+            hidden=hidden,
+            help="A box of `agentqctl box list`, over SSH (AGENTQCTL_BOX).",
         ),
         click.Option(
             ["--socket"], metavar="PATH", hidden=hidden, help="The daemon's control socket (AGENTQD_SOCKET)."
@@ -142,9 +174,10 @@ class TaskId(click.types.StringParamType):
         from click.shell_completion import CompletionItem
 
         outer = ctx.find_root().params
-        box = local_box(Where(**{name: outer.get(name) for name in WHERE_OPTIONS}), os.environ, os.getuid())
-        box.connection.timeout_s = 2.0
         try:
+            where = which_box({name: ctx.params.get(name) or outer.get(name) for name in WHERE_OPTIONS})
+            box = find_box(where, os.environ, os.getuid(), lambda _text: None)
+            box.connection.timeout_s = 2.0
             tasks = box.connection.get("tasks", query={"limit": 200})["tasks"]
         except Exception:  # noqa: BLE001 - pressing Tab never fails: no daemon, no proposals
             return []

@@ -24,7 +24,9 @@ from contextlib import contextmanager, suppress
 from typing import Any, Literal, NamedTuple
 
 from agentqd.client import spoolfolder
+from agentqd.client.boxurl import check_box_name
 from agentqd.client.connection import encode_json
+from agentqd.client.errors import NoSuchBox
 from agentqd.client.ids import new_task_id, now_text
 from agentqd.core.errors import AgentqError, RefusedForNow, StateFolderError
 from agentqd.core.limits import CONTROL_BODY_BYTES_MAX, MIB, SPOOL_BYTES_MAX, SPOOL_ENTRIES_MAX
@@ -88,7 +90,10 @@ class Spool:
     """The spool of one box. A folder that is not there is an empty spool: looking at it makes nothing."""
 
     def __init__(self, root: str, box: str) -> None:
-        self.box = spoolfolder.check_box_name(box)
+        try:
+            self.box = check_box_name(box)
+        except ValueError as error:
+            raise NoSuchBox(str(error)) from None
         self.folder = f"{root}/{box}"
         self.refused_folder = f"{self.folder}/refused"
         self.damaged_folder = f"{self.folder}/damaged"

@@ -5,16 +5,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
 import stat
 from collections.abc import Mapping
 
-from agentqd.core.errors import InvalidRequest, StateFolderError
+from agentqd.client.boxurl import BOX_NAME
+from agentqd.core.errors import StateFolderError
 
 FOLDER_MODE = 0o700
 FILE_MODE = 0o600
 FULL = (errno.ENOSPC, errno.EDQUOT)
-_BOX_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
 
 def spool_root(env: Mapping[str, str]) -> str:
@@ -24,22 +23,13 @@ def spool_root(env: Mapping[str, str]) -> str:
     return f"{base}/agentqctl/spool"
 
 
-def check_box_name(name: str) -> str:
-    """A name that can be a folder's. Raises InvalidRequest."""
-    if not _BOX_NAME.fullmatch(name):
-        raise InvalidRequest(
-            f"{name[:80]!r} cannot be a box's name: letters, digits, '.', '_', '-'", field="box"
-        )
-    return name
-
-
 def spooled_boxes(root: str) -> list[str]:
     """Names of the boxes that have a spool folder."""
     try:
         names = os.listdir(root)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(name for name in names if _BOX_NAME.fullmatch(name))
+    return sorted(name for name in names if BOX_NAME.fullmatch(name))
 
 
 def make_folder(path: str) -> None:

@@ -10,7 +10,7 @@ from agentqd.client.box import Box, is_absent
 from agentqd.client.connection import LONG_POLL_S, encode_json, take
 from agentqd.client.errors import AnswerLost
 from agentqd.client.patience import Patience, may_come_back
-from agentqd.client.queuefile import QueueFile
+from agentqd.client.queuefile import Queue
 from agentqd.core import errors
 from agentqd.core.errors import AgentqError, Unreachable
 
@@ -55,7 +55,7 @@ def keep_task(box: Box, fields: dict[str, Any]) -> dict[str, Any]:
     return put_line(queue, fields, line)
 
 
-def put_line(queue: QueueFile, fields: dict[str, Any], line: bytes) -> dict[str, Any]:
+def put_line(queue: Queue, fields: dict[str, Any], line: bytes) -> dict[str, Any]:
     """`line` (it says `fields`) in the queue file, its prompt beside it where it is too long. Raises AgentqError."""
     if len(line) > queue.line_bytes_max and isinstance(fields.get("prompt"), str):
         rest = {name: value for name, value in fields.items() if name != "prompt"}

@@ -8,8 +8,9 @@ import socket
 import sys
 from dataclasses import dataclass
 
-from agentqd.cli import main, verb
-from agentqd.client.box import Box, Where
+from agentqd.cli import main, warm
+from agentqd.client import box as boxes
+from agentqd.client.box import Box
 from agentqd.client.channel import SocketChannel
 from agentqd.client.connection import Connection
 from agentqd.client.errors import BoxUnreachable, NoSuchBox
@@ -50,7 +51,9 @@ class LinkTransport:
 
 
 class ShortLines(QueueFile):
-    line_bytes_max = 16 * 1024
+    def __init__(self, folders: Folders) -> None:
+        super().__init__(folders)
+        self.line_bytes_max = 16 * 1024 - 1
 
 
 def far_box(link: str, state: str) -> Box:
@@ -67,13 +70,14 @@ def far_box(link: str, state: str) -> Box:
     return Box(Connection(transport, TIMEOUT_S), queue, lambda: folders, reconnect_s=float("inf"))
 
 
-def open_box(where: Where) -> Box:
+def remote_box(name: str, *_: object) -> Box:
     known = json.loads(os.environ["AGENTQ_TEST_BOXES"])
-    if where.box not in known:
-        raise NoSuchBox(f"there is no box {where.box}")
-    return far_box(**known[where.box])
+    if name not in known:
+        raise NoSuchBox(f"there is no box {name}")
+    return far_box(**known[name])
 
 
 if __name__ == "__main__":
-    verb.open_box = open_box
+    boxes.remote_box = remote_box
+    warm.warm_up = lambda *_: None  # type: ignore[assignment]
     sys.exit(main.main())

@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 from agentqd.cli.spooled import tell_report
-from agentqd.cli.verb import Call, open_box, verb
-from agentqd.client.box import Where
+from agentqd.cli.verb import Call, verb
+from agentqd.client.box import Where, find_box
 from agentqd.client.flush import Report, flush_spool
 from agentqd.client.spool import Spool
 from agentqd.client.spoolfolder import spool_root, spooled_boxes
@@ -29,7 +29,8 @@ def command(call: Call) -> int:
         if not call.where.box and spool.is_empty():
             continue
         try:
-            report = flush_spool(open_box(Where(box=name)), spool)
+            box = find_box(Where(box=name), os.environ, os.getuid(), call.out.note)
+            report = flush_spool(box, spool)
         except AgentqError as error:  # this box is not known any more, say: the others are not to suffer
             report = Report(stopped=error)
         told.append(_told(spool, report))

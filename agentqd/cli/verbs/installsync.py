@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import click
 
 from agentqd.cli.verb import Call, verb
-from agentqd.client.spoolfolder import check_box_name, spool_root
+from agentqd.client.spool import Spool
+from agentqd.client.spoolfolder import spool_root
 from agentqd.core.errors import AgentqError
 
 UNIT = "agentqctl-flush"
@@ -28,7 +29,7 @@ def command(call: Call, only_print: bool) -> int:
     With --box NAME only for that box. They cost nothing while nothing waits. macOS: docs/laptop.md has a launch agent.
     """
     box = call.where.box
-    units = sync_units(os.environ, _program(), check_box_name(box) if box else None)
+    units = sync_units(os.environ, _program(), Spool(spool_root(os.environ), box).box if box else None)
     folder = unit_folder(os.environ)
     if only_print:
         _tell(call, folder, units, [])

@@ -22,7 +22,7 @@ COLUMNS = (
 )
 
 
-@verb("pull")
+@verb("pull", all_boxes="lines")
 @click.option("--consumer", metavar="NAME", help="Whose position; otherwise `default`.")
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many.")
 @click.option("--follow", is_flag=True, help="Go on as they come, until interrupted.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -94,7 +93,7 @@ def command(call: Call, wait: bool, follow: bool, require_box: bool, **said: Any
     """
     if follow and call.as_json:
         raise click.UsageError("--follow prints the worker's output; it does not go with --json")
-    fields = task_fields(said, os.getcwd())
+    fields = task_fields(said, call.on_the_box)
     answer = _submit(call, fields, require_box=require_box)
     unread = answer.get("where") != "accepted"
     if not call.as_json:
@@ -152,7 +151,7 @@ def _wait(call: Call, task_id: str, *, may_be_unread: bool) -> dict[str, Any]:
     return wait_for_end(call, task_id, may_be_unread=may_be_unread)
 
 
-def task_fields(said: dict[str, Any], cwd: str) -> dict[str, Any]:
+def task_fields(said: dict[str, Any], on_the_box: Callable[..., str]) -> dict[str, Any]:
     """The task object from the command line; it always has an id, a name and a time. Raises UsageError, InvalidTask."""
     fields: dict[str, Any] = {}
     words = [check_text("prompt", word) for word in said["words"]]
@@ -171,7 +170,7 @@ def task_fields(said: dict[str, Any], cwd: str) -> dict[str, Any]:
         raise click.UsageError("--timeout is another name of --run-timeout; give one")
     said = {**said, "run_timeout": said["timeout"] or said["run_timeout"]}
     fields |= {name: said[name] for name in PLAIN_FIELDS if said[name] is not None}
-    fields |= _places(said, cwd)
+    fields |= _places(said, on_the_box)
     fields |= _lists(said)
     return fields
 
@@ -214,17 +213,16 @@ def _read_prompt(source: str) -> str:
         ) from None
 
 
-def _places(said: dict[str, Any], cwd: str) -> dict[str, Any]:
+def _places(said: dict[str, Any], on_the_box: Callable[..., str]) -> dict[str, Any]:
     """Paths, made absolute from the caller's folder (writes: from the workdir, if there is one)."""
     found: dict[str, Any] = {}
-    base = cwd
+    base = None
     if said["workdir"]:
-        base = found["workdir"] = check_text(
-            "workdir", os.path.join(cwd, os.path.expanduser(said["workdir"]))
-        )
+        base = found["workdir"] = check_text("workdir", on_the_box("--workdir", said["workdir"]))
     if said["writes"]:
         found["writes_to"] = [
-            check_text("writes", os.path.join(base, path)) if path else path for path in said["writes"]
+            check_text("writes", on_the_box("--writes", path, base)) if path else path
+            for path in said["writes"]
         ]
     return found
 
