@@ -9,6 +9,7 @@ import stat
 from collections.abc import Mapping
 
 from agentqd.client.boxurl import BOX_NAME
+from agentqd.client.keeperplace import state_folder
 from agentqd.core.errors import StateFolderError
 
 FOLDER_MODE = 0o700
@@ -17,10 +18,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def spool_root(env: Mapping[str, str]) -> str:
-    """`$XDG_STATE_HOME/agentqctl/spool`. A relative XDG variable is ignored (as XDG asks)."""
-    xdg = env.get("XDG_STATE_HOME", "")
-    base = xdg.rstrip("/") if xdg.startswith("/") else f"{(env.get('HOME') or '/').rstrip('/')}/.local/state"
-    return f"{base}/agentqctl/spool"
+    """The folder that has one of each box."""
+    return f"{state_folder(env)}/spool"
 
 
 def spooled_boxes(root: str) -> list[str]:
