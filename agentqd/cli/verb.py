@@ -59,7 +59,14 @@ class Call:
         from agentqd.client.spool import Spool
         from agentqd.client.spoolfolder import spool_root
 
-        return Spool(spool_root(os.environ), self.where.box)
+        return Spool(spool_root(os.environ), self.where.box, self._check_known)
+
+    def _check_known(self) -> None:
+        """Raises NoSuchBox, ConfigError. Costs reading the config: only asked before something stays on this machine."""
+        from agentqd.client.boxes import find_box as entry_of
+        from agentqd.client.keeperplace import config_file
+
+        entry_of(config_file(os.environ), str(self.where.box))
 
     def on_the_box(self, option: str, path: str, base: str | None = None) -> str:
         """A path of the command line as the box knows it: absolute, from `base` or the caller's folder. With --box there is

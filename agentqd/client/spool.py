@@ -19,7 +19,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, NamedTuple
 
@@ -75,7 +75,8 @@ class Damaged(Exception):
 class Kept:
     """An entry that its maker attends to, until `release`."""
 
-    def __init__(self, entry: Entry, head: Head, fd: int) -> None:
+    def __init__(self, entry: Entry, head: Head, fd: int, *, adopted: bool = False) -> None:
+        self.adopted = adopted  # it was there before
         self.entry = entry
         self.head = head
         self._fd = fd
@@ -89,7 +90,9 @@ class Kept:
 class Spool:
     """The spool of one box. A folder that is not there is an empty spool: looking at it makes nothing."""
 
-    def __init__(self, root: str, box: str) -> None:
+    def __init__(self, root: str, box: str, check_known: Callable[[], object] = lambda: None) -> None:
+        """`check_known` raises AgentqError for a box that nobody has told us of: nothing is kept for that."""
+        self.check_known = check_known
         try:
             self.box = check_box_name(box)
         except ValueError as error:
@@ -189,7 +192,7 @@ class Spool:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             head = self.head(entry)
             if os.fstat(fd).st_nlink:  # else it was sent and removed before we had its lock
-                return Kept(entry, head, fd)
+                return Kept(entry, head, fd, adopted=True)
         except (BlockingIOError, FileNotFoundError):
             pass
         except BaseException:

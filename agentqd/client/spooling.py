@@ -10,7 +10,7 @@ from typing import Any
 from agentqd.client.box import Box
 from agentqd.client.connection import Object, encode_json
 from agentqd.client.errors import AnswerLost, BadAnswer
-from agentqd.client.flush import Flush, Report, again_if_lost, may_pass, submit_once
+from agentqd.client.flush import Flush, Report, again_if_lost, is_final, may_pass, submit_once
 from agentqd.client.spool import Damaged, Entry, Head, Kept, Spool
 from agentqd.core.errors import (
     AgentqError,
@@ -35,7 +35,7 @@ def submit_spooled(box: Box, spool: Spool, fields: dict[str, Any], tell: Tell) -
     assert fields.get("id"), "an id comes before the first send"
     body = encode_json(fields)
     try:
-        kept, adopted = _keep(spool, fields, body)
+        kept = _keep(spool, fields, body)
     except (RefusedForNow, StateFolderError) as error:  # this machine's disk; perhaps the box has one
         return _submit_without_spool(box, fields["id"], body, error)
     try:
@@ -49,7 +49,7 @@ def submit_spooled(box: Box, spool: Spool, fields: dict[str, Any], tell: Tell) -
         "task_id": fields["id"],
         "state": None,
         "result": None,
-        "duplicate": True if adopted else None,
+        "duplicate": True if kept.adopted else None,
         "where": "spool",
         "box": spool.box,
         "message": why.message,
@@ -78,8 +78,8 @@ def _submit_without_spool(box: Box, task_id: str, body: bytes, spool_error: Agen
         raise spool_error from None
 
 
-def _keep(spool: Spool, fields: dict[str, Any], body: bytes) -> tuple[Kept, bool]:
-    """Our entry; or the one that is there already, when the same is said again (then True)."""
+def _keep(spool: Spool, fields: dict[str, Any], body: bytes) -> Kept:
+    """Our entry; or the one that is there already, when the same is said again."""
     if not _may_be_id(fields["id"]):
         from agentqd.core.task import read_task
 
@@ -89,8 +89,8 @@ def _keep(spool: Spool, fields: dict[str, Any], body: bytes) -> tuple[Kept, bool
     if found is not None and _says_the_same(spool, found[0], fields):
         kept = spool.adopt(found[0])
         if kept is not None:
-            return kept, True
-    return spool.put("submit", fields["id"], str(fields.get("task") or ""), body), False
+            return kept
+    return spool.put("submit", fields["id"], str(fields.get("task") or ""), body)
 
 
 def _send(box: Box, spool: Spool, kept: Kept, tell: Tell) -> tuple[Object | None, AgentqError]:
@@ -108,11 +108,18 @@ def _send(box: Box, spool: Spool, kept: Kept, tell: Tell) -> tuple[Object | None
                 except AgentqError as error:
                     if may_pass(error) and not _is_refusal_for_now(error):
                         return None, error
-                    spool.remove(kept.entry)
+                    if is_final(error) or not kept.adopted:
+                        spool.remove(kept.entry)
                     raise
                 tell(report)
                 if report.own is not None:
                     return report.own, RefusedForNow("")
+                if report.stopped is not None and not may_pass(report.stopped):
+                    if not kept.adopted:
+                        spool.remove(
+                            kept.entry
+                        )  # a key, a config: a person's to mend, who is told here and now
+                    raise report.stopped
                 if not report.attended:
                     return None, report.stopped or RefusedForNow(
                         "an older cancellation of the same id waits for the daemon"
@@ -142,8 +149,10 @@ def _check_spooled(spool: Spool, kept: Kept, fields: dict[str, Any], body: bytes
                     field="id",
                     id=entry.id,
                 )
-    except InvalidTask:
-        spool.remove(kept.entry)
+        spool.check_known()
+    except AgentqError:
+        if not kept.adopted:
+            spool.remove(kept.entry)
         raise
 
 
@@ -184,6 +193,7 @@ def cancel_spooled(bare: Box, box: Box, spool: Spool, task_id: str) -> Object:
     except Unreachable as error:
         if isinstance(error, BadAnswer) or not _may_be_id(task_id):
             raise
+        spool.check_known()
         if spool.find(task_id, "cancel") is None:
             spool.put("cancel", task_id, "", b"{}").release()
         told = {"id": task_id, "state": None, "result": None}

@@ -45,6 +45,9 @@ class World:
         self.home = root / "home"
         self.home.mkdir(exist_ok=True)
         self.state = self.home / "state"
+        config = self.home / ".config/agentqctl/config.yaml"
+        config.parent.mkdir(parents=True)
+        config.write_text("boxes: {box1: {url: 'ssh://nobody@127.0.0.1:1'}}\n")
 
     @property
     def spool(self) -> Spool:
