@@ -82,6 +82,7 @@ SWITCHES: tuple[Switch, ...] = (
     _switch(15, "queue_file::the_same_line_twice_runs_once", "loops/admission.py", "return request.id, True", "return request.id + hashlib.sha256(place).hexdigest()[:4], True"),
     _switch(16, "restarts::what_waits_outlives_both_sides", "loops/scheduling.py", "self.paused = frozenset(row[0] for row in rows)", "self.paused = frozenset()"),
     _switch(17, "consumers::enqueue_and_submit_work_while_the_daemon_is_off_and_pull_while_the_writer_is", "client/tasks.py", "queue.append([line])", "pass"),
+    _switch(17, "spool::each_side_works_while_the_other_is_off", "client/tasks.py", "queue.append([line])", "pass", "client/spool.py", 'os.rename(draft, f"{self.folder}/{entry.file}")', "os.unlink(draft)"),
     _switch(18, "queue_file::without_inotify_the_rescan_does_the_work", "loops/intake.py", "await self.inotify.wait(float(self.box.settings.limits.rescan_every))", "await self.inotify.wait(3600.0)"),
     _switch(19, "queue_file::a_line_starts_its_worker_within_milliseconds", *NO_WATCH),
     _switch(20, "clocks::an_idle_box_takes_next_to_nothing", "loops/liveness.py", "_EVERY_S: Final = 5.0", "_EVERY_S: Final = 0.002"),
@@ -159,7 +160,8 @@ def broken_tree(switch: Switch) -> Iterator[Path]:
         shutil.copytree(ROOT / "agentqd", copy / "agentqd")
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "tests" / "mission", copy / "tests" / "mission", ignore=ignored)
-        for file in ("tests/conftest.py", "tests/realbox.py", "pyproject.toml"):
+        shutil.copytree(ROOT / "tests" / "laptop", copy / "tests" / "laptop", ignore=ignored)
+        for file in ("tests/conftest.py", "tests/realbox.py", "tests/realsshd.py", "pyproject.toml"):
             shutil.copy(ROOT / file, copy / file)
         for each in switch.breaks:
             path = copy / each.file
