@@ -142,9 +142,11 @@ async def _trouble(entry: BoxEntry, client: _Client, error: Exception) -> Troubl
 
 async def _shown_key(entry: BoxEntry) -> asyncssh.SSHKey | None:
     """The host key that the server shows to whoever takes any."""
+    where = _arguments(entry)
+    where.pop("username", None)  # nobody logs in
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            return await asyncssh.get_server_host_key(**_arguments(entry))
+            return await asyncssh.get_server_host_key(**where)
     except (asyncssh.Error, OSError, TimeoutError):
         return None
 
