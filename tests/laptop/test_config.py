@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from agentqd.cli.warm import box_of
 from agentqd.client.boxes import find_box, load_boxes, parse_boxes
 from agentqd.client.boxfile import add_box, remove_box
-from agentqd.client.boxurl import Address, check_box_name, parse_box_url
+from agentqd.client.boxname import check_box_name
+from agentqd.client.boxurl import Address, parse_box_url
 from agentqd.client.clientid import client_id
 from agentqd.client.errors import NoSuchBox
 from agentqd.client.remotelines import APPEND_BYTES_MAX, LINE_BYTES_MAX, packets
