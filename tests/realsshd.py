@@ -22,6 +22,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,10 +65,19 @@ class Account(NamedTuple):
             f"--reuid={self.uid}",
             f"--regid={self.gid}",
             "--clear-groups",
+            *_may_read_the_interpreter(),
             "env",
             f"HOME={self.home}",
             f"USER={self.name}",
         ]
+
+
+def _may_read_the_interpreter() -> list[str]:
+    """An interpreter below a closed home (/root/.pyenv) is lent to the ordinary user, for reading only."""
+    closed = [
+        path for path in Path(os.path.realpath(sys.executable)).parents if not path.stat().st_mode & 0o001
+    ]
+    return ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"] if closed else []
 
 
 def current_account() -> Account:

@@ -11,6 +11,7 @@ import click
 
 from agentqd.cli.output import Output
 from agentqd.client.box import Box, Where, find_box
+from agentqd.client.boxname import ALL_BOXES
 from agentqd.core.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 LOCAL_OPTIONS = ("socket", "state_dir", "runtime_dir")
 WHERE_OPTIONS = (*LOCAL_OPTIONS, "box")
 BOX_VARIABLE = "AGENTQCTL_BOX"
-ALL_BOXES = "all"
 
 
 class Call:

@@ -14,7 +14,7 @@ def warm_up(argv: list[str], env: Mapping[str, str]) -> None:
     name = box_of(argv, env)
     if not name:
         return
-    from agentqd.client.boxurl import check_box_name
+    from agentqd.client.boxname import check_box_name
     from agentqd.client.kept import Kept
     from agentqd.core.errors import AgentqError
 

@@ -50,7 +50,7 @@ def find_box(where: Where, env: Mapping[str, str], uid: int, note: Callable[[str
 
 def remote_box(name: str, env: Mapping[str, str], uid: int, note: Callable[[str], None]) -> Box:
     """A box of the laptop's config, over SSH. Nothing is connected before the first call."""
-    from agentqd.client.boxurl import ALL_BOXES, check_box_name
+    from agentqd.client.boxname import ALL_BOXES, check_box_name
     from agentqd.client.clientid import client_id
     from agentqd.client.errors import NoSuchBox
     from agentqd.client.kept import Kept, RemoteQueue

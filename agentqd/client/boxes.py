@@ -17,7 +17,8 @@ from typing import Any, Final, NamedTuple
 
 import yaml
 
-from agentqd.client.boxurl import Address, check_box_name, parse_box_url
+from agentqd.client.boxname import check_box_name
+from agentqd.client.boxurl import Address, parse_box_url
 from agentqd.client.errors import NoSuchBox
 from agentqd.core.errors import ConfigError
 from agentqd.core.units import parse_duration

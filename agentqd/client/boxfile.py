@@ -62,6 +62,8 @@ def _with(path: str, text: str, name: str, options: dict[str, Any]) -> str:
 
 def _without(path: str, text: str, name: str) -> str:
     """The text without this box's lines; `boxes: {}` where it was the only one."""
+    if not text.endswith("\n"):
+        text += "\n"
     mapping = _boxes_node(path, text)
     assert mapping is not None
     lines = text.splitlines(keepends=True)
@@ -81,11 +83,11 @@ def _boxes_node(path: str, text: str) -> tuple[yaml.Node, Any] | None:
 
 
 def _end_of(pair: tuple[yaml.Node, yaml.Node], lines: list[str]) -> int:
-    """The line behind a box: its node ends where the next one begins, so blank lines and comments stay there."""
-    end = int(pair[1].end_mark.line)
-    if pair[1].end_mark.column:
-        end += 1
+    """The line behind a box. A block ends where the next thing begins, so blank lines and comments in between stay."""
     start = int(pair[0].start_mark.line) + 1
+    value = pair[1]
+    is_block = isinstance(value, yaml.MappingNode) and not value.flow_style
+    end = max(start, int(value.end_mark.line) + (0 if is_block else 1))  # an alias ends where its anchor does
     while end > start and (not lines[end - 1].strip() or lines[end - 1].lstrip().startswith("#")):
         end -= 1
     return min(end, len(lines))

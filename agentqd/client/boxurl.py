@@ -1,15 +1,13 @@
-"""`ssh://USER@HOST[:PORT]`, and what a box may be called."""
+"""`ssh://USER@HOST[:PORT]`."""
 
 from __future__ import annotations
 
 import re
 from typing import Final, NamedTuple
 
-BOX_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
-ALL_BOXES: Final = "all"
-_URL: Final = re.compile(r"(?P<user>[^@/\s]+@)?(?P<host>\[[^\]\s]+\]|[^:@/\s\[\]]+)(?P<port>:[^/]*)?/?")
-_USER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\\+-]{0,63}")
-_HOST: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,252}|[0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?")
+_URL: Final = r"(?P<user>[^@/\s]+@)?(?P<host>\[[^\]\s]+\]|[^:@/\s\[\]]+)(?P<port>:[^/]*)?/?"
+_USER: Final = r"[A-Za-z0-9_][A-Za-z0-9_.\\+-]{0,63}"
+_HOST: Final = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,252}|[0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?"
 
 
 class Address(NamedTuple):
@@ -20,32 +18,21 @@ class Address(NamedTuple):
     port: int | None = None
 
 
-def check_box_name(name: str) -> str:
-    """The name. Raises ValueError with what is wrong."""
-    if name == ALL_BOXES:
-        raise ValueError("`all` means every box and cannot be a name")
-    if not BOX_NAME.fullmatch(name):
-        raise ValueError(
-            f"{name[:64]!r} cannot name a box: letters, digits, - and _, at most 32, a letter or digit first"
-        )
-    return name
-
-
 def parse_box_url(text: str) -> Address:
     """Raises ValueError with what is wrong."""
     rest = text.removeprefix("ssh://")
     if rest == text:
         raise ValueError(f"{_short(text)} is not ssh://USER@HOST[:PORT]")
-    found = _URL.fullmatch(rest)
+    found = re.fullmatch(_URL, rest)
     if found is None:
         raise ValueError(f"{_short(text)} is not ssh://USER@HOST[:PORT]")
     user = (found["user"] or "").removesuffix("@") or None
     if user is not None and ":" in user:
         raise ValueError("a password has no place in a URL; use a key (ssh-copy-id)")
-    if user is not None and not _USER.fullmatch(user):
+    if user is not None and not re.fullmatch(_USER, user):
         raise ValueError(f"{_short(user)} cannot be a user")
     host = found["host"].strip("[]")
-    if not _HOST.fullmatch(host):
+    if not re.fullmatch(_HOST, host):
         raise ValueError(f"{_short(host)} cannot be a host")
     return Address(host, user, _port(found["port"]))
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 
 from agentqd.client.keeperplace import state_folder
 from agentqd.core.errors import AgentqError
 
-NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+NAME_CHARS_MAX = 64
+NAME_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 HOST_CHARS_MAX = 32
 
 
@@ -23,7 +23,8 @@ def client_id(env: Mapping[str, str]) -> str:
         pass
     except OSError as error:
         raise AgentqError(f"{path}: {error.strerror}", code="io_error") from error
-    host = re.sub(r"[^A-Za-z0-9_-]", "-", os.uname().nodename.partition(".")[0])[:HOST_CHARS_MAX] or "laptop"
+    given = os.uname().nodename.partition(".")[0][:HOST_CHARS_MAX] or "laptop"
+    host = "".join(char if char in NAME_CHARS else "-" for char in given)
     draft = f"{path}.{os.getpid()}"
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -45,8 +46,8 @@ def client_id(env: Mapping[str, str]) -> str:
 
 
 def _read(path: str) -> str:
-    with open(path, encoding="ascii", errors="replace") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         name = file.read(256).strip()
-    if not NAME.fullmatch(name):
+    if not 0 < len(name) <= NAME_CHARS_MAX or not NAME_CHARS.issuperset(name):
         raise AgentqError(f"{path} does not hold a name; remove it to get another", code="bad_client_id")
     return name

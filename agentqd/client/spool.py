@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Literal, NamedTuple
 
 from agentqd.client import spoolfolder
-from agentqd.client.boxurl import check_box_name
+from agentqd.client.boxname import check_box_name
 from agentqd.client.connection import encode_json
 from agentqd.client.errors import NoSuchBox
 from agentqd.client.ids import new_task_id, now_text

@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Mapping
 
-from agentqd.client.boxurl import BOX_NAME
+from agentqd.client.boxname import BOX_NAME
 from agentqd.client.keeperplace import state_folder
 from agentqd.core.errors import StateFolderError
 

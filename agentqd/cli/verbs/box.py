@@ -10,7 +10,8 @@ import click
 from agentqd.cli.output import Column
 from agentqd.cli.verb import Call, Family, verb
 from agentqd.cli.verbs.installsync import command as install_sync
-from agentqd.client.boxurl import check_box_name, parse_box_url
+from agentqd.client.boxname import check_box_name
+from agentqd.client.boxurl import parse_box_url
 from agentqd.client.keeperplace import config_file
 from agentqd.client.kept import Kept
 from agentqd.core.errors import EXIT_OK

@@ -28,6 +28,9 @@ LOGIN_TIMEOUT_S = 30
 KEEPALIVE_INTERVAL_S = 5
 KEEPALIVE_COUNT_MAX = 3  # a black hole is noticed after about 20 s
 
+SSH_PORT = 22
+BAD_CONFIG = (asyncssh.ConfigParseError, asyncssh.KeyImportError, OSError, ValueError)
+
 
 class Target(NamedTuple):
     """Where the connection goes once ~/.ssh/config has spoken."""
@@ -42,40 +45,37 @@ class _Client(asyncssh.SSHClient):
     """Remembers the host key that was refused, for the message."""
 
     refused: asyncssh.SSHKey | None = None
-    addr: str = ""
 
     def validate_host_public_key(
         self,
         host: str,  # noqa: ARG002 - asyncssh's signature
-        addr: str,
+        addr: str,  # noqa: ARG002
         port: int,  # noqa: ARG002
         key: asyncssh.SSHKey,
     ) -> bool:
-        self.refused, self.addr = key, addr
+        self.refused = key
         return False
 
 
-async def read_options(entry: BoxEntry, **more: Any) -> asyncssh.SSHClientConnectionOptions:
-    """The entry together with ~/.ssh/config. Raises Trouble where that file or a key it names cannot be used."""
-    where: dict[str, Any] = {"host": entry.address.host}
+def _arguments(entry: BoxEntry) -> dict[str, Any]:
+    """What the entry itself says; the rest is asked of ~/.ssh/config, which `config=()` makes asyncssh read."""
+    found: dict[str, Any] = {"host": entry.address.host, "config": ()}
     if entry.address.port is not None:
-        where["port"] = entry.address.port
+        found["port"] = entry.address.port
     if entry.address.user is not None:
-        where["username"] = entry.address.user
+        found["username"] = entry.address.user
+    return found
+
+
+async def read_options(entry: BoxEntry) -> asyncssh.SSHClientConnectionOptions:
+    """The entry together with ~/.ssh/config. Raises Trouble where that file or a key it names cannot be used."""
+    options: asyncssh.SSHClientConnectionOptions
     try:
-        options: asyncssh.SSHClientConnectionOptions
         options = await asyncssh.SSHClientConnectionOptions.construct(
-            **where,
-            connect_timeout=CONNECT_TIMEOUT_S,
-            login_timeout=LOGIN_TIMEOUT_S,
-            keepalive_interval=KEEPALIVE_INTERVAL_S,
-            keepalive_count_max=KEEPALIVE_COUNT_MAX,
-            **{"ignore_encrypted": True, **more},
+            **_arguments(entry), ignore_encrypted=True
         )
-    except (asyncssh.ConfigParseError, asyncssh.KeyImportError, OSError, ValueError) as error:
-        raise Trouble(
-            NOT_PERMITTED, f"{entry.name}: ~/.ssh/config or a key it names cannot be used: {error}"
-        ) from error
+    except BAD_CONFIG as error:
+        raise _config_trouble(entry, error) from error
     return options
 
 
@@ -88,42 +88,73 @@ def target_of(options: asyncssh.SSHClientConnectionOptions) -> Target:
 
 async def connect(entry: BoxEntry, tty: int | None = None) -> asyncssh.SSHClientConnection:
     """A connection that is logged in. Encrypted keys are asked for on `tty` if nothing else opens the box."""
-    options = await read_options(entry)
-    target = target_of(options)
     try:
-        return await _connect(entry, options, target)
+        return await _connect(entry, ignore_encrypted=True)
     except Trouble as trouble:
         if trouble.code != NOT_PERMITTED or tty is None:
             raise
-        keys = await asyncio.to_thread(ask_for_keys, tty, options)
+        keys = await asyncio.to_thread(ask_for_keys, tty, await read_options(entry))
         if not keys:
             raise
-    options = await read_options(entry, client_keys=keys)
-    return await _connect(entry, options, target)
+    return await _connect(entry, client_keys=keys)
 
 
-async def _connect(
-    entry: BoxEntry, options: asyncssh.SSHClientConnectionOptions, target: Target
-) -> asyncssh.SSHClientConnection:
+async def _connect(entry: BoxEntry, **more: Any) -> asyncssh.SSHClientConnection:
     client = _Client()
     try:
         return await asyncssh.connect(
-            target.host, target.port, tunnel=options.tunnel, client_factory=lambda: client, options=options
+            **_arguments(entry),
+            client_factory=lambda: client,
+            connect_timeout=CONNECT_TIMEOUT_S,
+            login_timeout=LOGIN_TIMEOUT_S,
+            keepalive_interval=KEEPALIVE_INTERVAL_S,
+            keepalive_count_max=KEEPALIVE_COUNT_MAX,
+            **more,
         )
-    except asyncssh.HostKeyNotVerifiable as error:
-        raise _host_key_trouble(entry, options, target, client, error) from error
-    except asyncssh.KeyExchangeFailed as error:
-        if "host key" in str(error):
-            raise _host_key_trouble(entry, options, target, client, error) from error
-        raise Trouble(UNREACHABLE, f"{_named(entry, target)}: {error}") from error
-    except asyncssh.PermissionDenied as error:
-        raise Trouble(
+    except BAD_CONFIG as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError):
+            raise await _trouble(entry, client, error) from error
+        raise _config_trouble(entry, error) from error
+    except asyncssh.Error as error:
+        raise await _trouble(entry, client, error) from error
+
+
+async def _trouble(entry: BoxEntry, client: _Client, error: Exception) -> Trouble:
+    """The failure of a connection, explained."""
+    options = await read_options(entry)
+    target = target_of(options)
+    named = _named(entry, target)
+    if isinstance(error, asyncssh.PermissionDenied):
+        return Trouble(
             NOT_PERMITTED,
-            f"{_named(entry, target)}: no key was accepted for {target.user}; send yours there: "
+            f"{named}: no key was accepted for {target.user}; send yours there: "
             f"ssh-copy-id -p {target.port} {target.user}@{target.host} (encrypted keys: ssh-add first)",
-        ) from error
-    except (asyncssh.Error, OSError) as error:
-        raise Trouble(UNREACHABLE, f"{_named(entry, target)}: {why(error)}") from error
+        )
+    if isinstance(error, asyncssh.HostKeyNotVerifiable):
+        return _host_key_trouble(options, target, named, client.refused, str(error))
+    if isinstance(error, asyncssh.KeyExchangeFailed | asyncssh.ConnectionLost | ConnectionResetError):
+        # We ask for the kind of key that known_hosts has; a server that has none of that kind just hangs up.
+        shown = await _shown_key(entry)
+        if shown is not None and _is_known(options, target):
+            return _host_key_trouble(options, target, named, shown, "")
+    return Trouble(UNREACHABLE, f"{named}: {why(error)}")
+
+
+async def _shown_key(entry: BoxEntry) -> asyncssh.SSHKey | None:
+    """The host key that the server shows to whoever takes any."""
+    where = _arguments(entry)
+    where.pop("username", None)  # nobody logs in
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            return await asyncssh.get_server_host_key(**where)
+    except (asyncssh.Error, OSError, TimeoutError):
+        return None
+
+
+def _config_trouble(entry: BoxEntry, error: Exception) -> Trouble:
+    return Trouble(
+        NOT_PERMITTED, f"box {entry.name}: ~/.ssh/config or a key it names cannot be used: {error}"
+    )
 
 
 def why(error: BaseException) -> str:
@@ -145,37 +176,36 @@ def _named(entry: BoxEntry, target: Target) -> str:
 
 
 def _host_key_trouble(
-    entry: BoxEntry,
     options: asyncssh.SSHClientConnectionOptions,
     target: Target,
-    client: _Client,
-    error: Exception,
+    named: str,
+    key: asyncssh.SSHKey | None,
+    said: str,
 ) -> Trouble:
-    named = _named(entry, target)
-    where = target.host if target.port == 22 else f"[{target.host}]:{target.port}"
-    alias = options.host_key_alias or where
-    shown = f" ({_key_kind(client.refused)} {client.refused.get_fingerprint()})" if client.refused else ""
-    fields: dict[str, Any] = {"fingerprint": client.refused.get_fingerprint()} if client.refused else {}
-    if _is_known(options, target, client):
+    if key is None:
+        return Trouble(HOST_KEY_UNKNOWN, f"{named}: REFUSED: its host key cannot be trusted: {said}")
+    fingerprint = key.get_fingerprint()
+    shown = f"({_key_kind(key)} {fingerprint})"
+    compare = "compare the fingerprint with the box's own (ssh-keygen -lf /etc/ssh/ssh_host_*_key.pub there)"
+    if _is_known(options, target):
+        where = target.host if target.port == SSH_PORT else f"[{target.host}]:{target.port}"
         return Trouble(
             HOST_KEY_CHANGED,
-            f"{named}: REFUSED: its host key{shown} is another than the one in known_hosts. Somebody may stand in between, "
-            f"or the box was set up anew: compare the fingerprint with the box's own (ssh-keygen -lf /etc/ssh/ssh_host_*_key.pub "
-            f"there); if it is right: ssh-keygen -R '{alias}', then connect once with ssh",
-            **fields,
+            f"{named}: REFUSED: its host key {shown} is another than the one in known_hosts. Somebody may stand in between, "
+            f"or the box was set up anew: {compare}; if it is right: ssh-keygen -R '{options.host_key_alias or where}', "
+            "then connect once with ssh",
+            fingerprint=fingerprint,
         )
-    if client.refused is None and "not trusted" not in str(error):
-        return Trouble(HOST_KEY_UNKNOWN, f"{named}: REFUSED: its host key cannot be trusted: {error}")
-    port = "" if target.port == 22 else f" -p {target.port}"
+    port = "" if target.port == SSH_PORT else f" -p {target.port}"
     return Trouble(
         HOST_KEY_UNKNOWN,
-        f"{named}: REFUSED: its host key{shown} is not in known_hosts. Compare the fingerprint with the box's own "
-        f"(ssh-keygen -lf /etc/ssh/ssh_host_*_key.pub there); if it is right, take it: ssh{port} {target.user}@{target.host} true",
-        **fields,
+        f"{named}: REFUSED: its host key {shown} is not in known_hosts: {compare}; if it is right, take it: "
+        f"ssh{port} {target.user}@{target.host} true",
+        fingerprint=fingerprint,
     )
 
 
-def _is_known(options: asyncssh.SSHClientConnectionOptions, target: Target, client: _Client) -> bool:
+def _is_known(options: asyncssh.SSHClientConnectionOptions, target: Target) -> bool:
     """Whether known_hosts has any key for this host."""
     known = options.known_hosts
     if known is None:
@@ -185,9 +215,9 @@ def _is_known(options: asyncssh.SSHClientConnectionOptions, target: Target, clie
         if not os.path.isfile(path):
             return False
         known = path
+    port = None if target.port == SSH_PORT else target.port
     try:
-        port = None if target.port == 22 else target.port
-        found = asyncssh.match_known_hosts(known, options.host_key_alias or target.host, client.addr, port)
+        found = asyncssh.match_known_hosts(known, options.host_key_alias or target.host, "", port)
     except (OSError, ValueError):
         return False
     return bool(found[0] or found[1] or found[2])

@@ -39,6 +39,7 @@ SILENCE_S: Final = 12.0  # two keepalives that went unanswered, or a sleep
 PROBE_TIMEOUT_S: Final = 5.0
 STEP_TIMEOUT_S: Final = 30.0
 LAST_WORDS_S: Final = 3.0
+FAREWELL_S: Final = 2.0
 PIECE_BYTES: Final = 256 * KIB
 RELAY_NOTE: Final = "box {name}: its sshd forwards no Unix sockets (AllowStreamLocalForwarding): a command there relays them, more slowly"
 
@@ -61,6 +62,7 @@ class Keeper:
         self._last_use = time.monotonic()
         self._last_answer = _awake_and_wall()
         self._leaving = asyncio.Event()
+        self._asked = asyncio.Event()
         self._said_relay = False
 
     async def run(self) -> None:
@@ -70,6 +72,7 @@ class Keeper:
             def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
                 task = group.create_task(self._serve(reader, writer))
                 self._tasks.add(task)
+                self._asked.set()
                 task.add_done_callback(self._done)
 
             server = await asyncio.start_unix_server(accept, sock=self._listener, limit=HEAD_BYTES_MAX)
@@ -79,6 +82,8 @@ class Keeper:
             except Trouble as trouble:
                 self._session.set_exception(trouble)
                 self._session.exception()  # counts as looked at, also where nobody has asked yet
+                with suppress(TimeoutError):  # a quick failure must not shut out the verb that has started us
+                    await asyncio.wait_for(self._asked.wait(), FAREWELL_S)
                 self._leave(server)
                 return
             self._detach()
