@@ -17,7 +17,8 @@ from agentqd.core.outbox import TABLE as ROW_TABLE
 from agentqd.core.outbox import RowEvent, RowState, next_row_state
 from agentqd.storage import audit, outbox
 from agentqd.storage import tasks as store
-from agentqd.storage.journal import Journal, migrate
+from agentqd.storage.connection import migrate
+from agentqd.storage.journal import Journal
 from agentqd.storage.outbox import Mark, NewEntry
 from agentqd.storage.tasks import NewTask, StaleState
 from agentqd.storage.transaction import Numbers, Transaction

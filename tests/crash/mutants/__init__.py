@@ -33,7 +33,7 @@ class Mutant:
 MUTANTS = (
     Mutant(
         "commits are not synced",
-        "agentqd/storage/journal.py",
+        "agentqd/storage/connection.py",
         "PRAGMA synchronous=FULL",
         "PRAGMA synchronous=OFF",
         "test_order.py::test_each_step_waits_for_the_one_before",
