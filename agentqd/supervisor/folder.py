@@ -88,7 +88,7 @@ def make_folder(tasks_fd: int, task: str, attempt: int, prompt: str | None) -> A
         if not is_new:
             _clear_for(task_fd, name)
         try:
-            folder = fill(task_fd, temporary)
+            folder = fill(task_fd, temporary, with_prompt=prompt is not None)
             try:
                 write_prompt(folder, prompt)
                 os.rename(temporary, name, src_dir_fd=task_fd, dst_dir_fd=task_fd)
@@ -118,6 +118,9 @@ def mark_started(folder: AttemptFolder) -> None:
 
 def write_prompt(folder: AttemptFolder, prompt: str | None) -> None:
     """The prompt file, or none. Once for a folder, before it stands in its place."""
+    if folder.prompt_fd < 0:
+        assert prompt is None, "a folder without a prompt file for a task with a prompt"
+        return
     if prompt is not None:
         write_all(folder.prompt_fd, prompt.encode(errors="surrogatepass"))
     else:
@@ -169,14 +172,15 @@ def _exists(name: str, folder_fd: int) -> bool:
     return True
 
 
-def fill(task_fd: int, temporary: str) -> AttemptFolder:
+def fill(task_fd: int, temporary: str, *, with_prompt: bool) -> AttemptFolder:
     """A whole attempt folder under a name of its own, with files still empty. Raises OSError, leaving what it made."""
     os.mkdir(temporary, 0o700, dir_fd=task_fd)
     folder = AttemptFolder(open_folder_at(temporary, task_fd))
     try:
         os.mkdir("outbox", 0o700, dir_fd=folder.fd)
         os.mkdir("work", 0o700, dir_fd=folder.fd)
-        folder.prompt_fd = os.open("prompt", _NEW, 0o600, dir_fd=folder.fd)
+        if with_prompt:
+            folder.prompt_fd = os.open("prompt", _NEW, 0o600, dir_fd=folder.fd)
         folder.started_fd = os.open(_NOT_YET_STARTED, _NEW, 0o600, dir_fd=folder.fd)
         folder.stdout_fd = os.open("stdout", _NEW | os.O_APPEND, 0o600, dir_fd=folder.fd)
         folder.stderr_fd = os.open("stderr", _NEW | os.O_APPEND, 0o600, dir_fd=folder.fd)

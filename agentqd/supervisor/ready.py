@@ -65,7 +65,7 @@ class ReadyFolders:
             os.mkdir(name, 0o700, dir_fd=self._fd)
             outer = open_folder_at(name, self._fd)
             try:
-                folder = fill(outer, _FIRST)
+                folder = fill(outer, _FIRST, with_prompt=True)
             finally:
                 os.close(outer)
         except OSError:

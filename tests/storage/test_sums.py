@@ -146,6 +146,13 @@ class Sums(RuleBasedStateMachine):
             assert Counter(self.connection.execute(kept).fetchall()) == Counter(self.connection.execute(walked).fetchall())  # fmt: skip
 
     @invariant()
+    def active_tasks_are_counted_in_memory_too(self) -> None:
+        if hasattr(self, "connection"):
+            walked = self.connection.execute("SELECT queue, count(*) FROM tasks WHERE state IN ('running', 'stopping') GROUP BY 1")  # fmt: skip
+            kept = {queue: n for queue, n in self.numbers.active.items() if n}
+            assert kept == dict(walked.fetchall())
+
+    @invariant()
     def the_chain_is_whole(self) -> None:
         if hasattr(self, "connection"):
             progress = audit.step(self.connection, audit.begin(self.connection), 10_000)
