@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Mapping
 
-from agentqd.client.boxname import BOX_NAME
+from agentqd.client.boxname import check_box_name
 from agentqd.client.keeperplace import state_folder
 from agentqd.core.errors import StateFolderError
 
@@ -28,7 +28,15 @@ def spooled_boxes(root: str) -> list[str]:
         names = os.listdir(root)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(name for name in names if BOX_NAME.fullmatch(name))
+    return sorted(name for name in names if _is_box_name(name))
+
+
+def _is_box_name(name: str) -> bool:
+    try:
+        check_box_name(name)
+    except ValueError:
+        return False
+    return True
 
 
 def make_folder(path: str) -> None:

@@ -21,7 +21,8 @@ from agentqd.control.route import Call, Param, Route, answer
 from agentqd.core.errors import AgentqError, InvalidRequest, InvalidTask, RefusedForNow
 from agentqd.core.lifecycle import WAITING_STATES, Result, State
 from agentqd.core.limits import KIB
-from agentqd.loops.admission import Accepted, Candidate, Duplicate, admit, prepare
+from agentqd.loops.admission import Accepted, Duplicate, admit
+from agentqd.loops.preparing import Candidate, prepare
 from agentqd.loops.rejection import Rejected, reject
 from agentqd.storage import tasks as store
 from agentqd.storage.tasks import TaskRow

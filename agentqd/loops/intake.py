@@ -15,9 +15,10 @@ import msgspec
 
 from agentqd.core.errors import InvalidTask, JournalError, WriteConflict
 from agentqd.core.lines import Line, split_glued
-from agentqd.loops.admission import Accepted, Candidate, Outcome, admit, prepare
+from agentqd.loops.admission import Accepted, Outcome, admit
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
+from agentqd.loops.preparing import Candidate, prepare
 from agentqd.loops.rejection import of_line, reject
 from agentqd.storage import sources
 from agentqd.storage.queuefile import Chunk, Notice, Position
