@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from agentqd.client.box import Box, is_absent
@@ -52,17 +51,17 @@ class SetAside(NamedTuple):
     kept: str
 
 
-@dataclass
 class Report:
     """What one flush did."""
 
-    sent: list[Sent] = field(default_factory=list)
-    refused: list[Refused] = field(default_factory=list)
-    damaged: list[SetAside] = field(default_factory=list)
-    stopped: AgentqError | None = None
-    attended: bool = False  # stopped at an entry whose maker is sending it
-    busy: bool = False  # another agentqctl is flushing
-    own: Object | None = None
+    def __init__(self, *, stopped: AgentqError | None = None, busy: bool = False) -> None:
+        self.sent: list[Sent] = []
+        self.refused: list[Refused] = []
+        self.damaged: list[SetAside] = []
+        self.stopped = stopped
+        self.attended = False  # stopped at an entry whose maker is sending it
+        self.busy = busy  # another agentqctl is flushing
+        self.own: Object | None = None
 
     @property
     def exit_code(self) -> int:

@@ -19,6 +19,7 @@ import os
 import re
 import stat
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, NamedTuple
@@ -101,8 +102,6 @@ class Spool:
         self.refused_folder = f"{self.folder}/refused"
         self.damaged_folder = f"{self.folder}/damaged"
 
-    # Looking.
-
     def entries(self) -> list[Entry]:
         """What is to be sent, in order."""
         return _entries(self.folder)
@@ -149,8 +148,6 @@ class Spool:
         """Raises Damaged, FileNotFoundError."""
         folder = self.refused_folder if refused else self.folder
         return _read(f"{folder}/{entry.file}", entry, whole=False)[0]
-
-    # Adding.
 
     def put(self, kind: Kind, task_id: str, name: str, body: bytes, *, unsent: bool = False) -> Kept:
         """A new last entry, durable, attended to by the caller. Raises AgentqError (then there is none)."""
@@ -218,8 +215,6 @@ class Spool:
                 path=self.folder,
             )
         return entries[-1].seq + 1
-
-    # Sending and removing.
 
     @contextmanager
     def sending(self, wait_s: float = 0.0) -> Iterator[bool]:
@@ -342,10 +337,8 @@ def _is_ours(name: str) -> bool:
 
 
 def _written(head: Head, body: bytes) -> bytes:
-    from hashlib import sha256
-
     facts = {name: value for name, value in head._asdict().items() if value not in (None, False)}
-    sealed = {"spool": 1, **facts, "bytes": len(body), "sha256": sha256(body).hexdigest()}
+    sealed = {"spool": 1, **facts, "bytes": len(body), "crc32": zlib.crc32(body)}
     return encode_json(sealed) + b"\n" + body + b"\n"
 
 
@@ -389,16 +382,15 @@ def _head(line: bytes, entry: Entry, body: bytes | None) -> Head:
             said["kind"], said["id"], str(said.get("name", "")), str(said["at"]), str(said["key"]),
             said.get("unsent") is True, said.get("error"),
         )  # fmt: skip
-        length, digest = said["bytes"], said["sha256"]
+        length, crc = said["bytes"], said["crc32"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Damaged("its first line is not that of a spooled entry") from None
     if said.get("spool") != 1 or head.kind not in ("submit", "cancel") or head.id != entry.id:
         raise Damaged("its first line says something else than its name")
     if not re.fullmatch(r"[0-9a-z]{1,64}", head.key) or not isinstance(head.error, dict | None):
         raise Damaged("its first line is not that of a spooled entry")
-    if body is not None:
-        from hashlib import sha256
-
-        if not body.endswith(b"\n") or len(body) - 1 != length or sha256(body[:-1]).hexdigest() != digest:
-            raise Damaged("its bytes are not those that were written")
+    if body is not None and (
+        not body.endswith(b"\n") or len(body) - 1 != length or zlib.crc32(body[:-1]) != crc
+    ):
+        raise Damaged("its bytes are not those that were written")
     return head
