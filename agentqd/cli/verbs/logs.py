@@ -29,6 +29,8 @@ def command(call: Call, task_id: str, follow: bool, stderr: bool, attempt: int |
         else:
             reader.read_once(attempt)
     except AgentqError as error:
+        if call.spool is None:
+            raise
         from agentqd.cli.spooled import view_or_raise
 
         view = view_or_raise(call, task_id, error)

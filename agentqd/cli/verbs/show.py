@@ -16,6 +16,8 @@ def command(call: Call, task_id: str) -> int:
     try:
         shown = call.box.connection.get("tasks", task_id)
     except AgentqError as error:
+        if call.spool is None:
+            raise
         from agentqd.cli.spooled import say_view, view_or_raise
 
         view = view_or_raise(call, task_id, error)
