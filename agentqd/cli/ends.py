@@ -45,7 +45,7 @@ def _until_known(call: Call, task_id: str) -> None:
         try:
             call.box.connection.get("tasks", task_id)
         except AgentqError as error:
-            if error.code not in ("no_such_task", "unreachable", "box_unreachable", "answer_lost"):
+            if error.code not in ("no_such_task", "unreachable", "answer_lost"):
                 raise
             patience.bear(error)
         else:

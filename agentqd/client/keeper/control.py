@@ -87,13 +87,9 @@ class ControlSocket:
         return Joined(reader, writer, FORWARD)
 
     async def _relayed(self) -> Joined:
-        if self._runs_commands is None:
-            self._runs_commands = await self._can_run_commands()
-        if not self._runs_commands:
-            raise self._trouble([(path, NO_PROGRAM) for path in self.paths])
         failures: list[tuple[str, int]] = []
         for folders in self._folders():
-            found = await self._relay(folders.control_socket)
+            found = await self._relay_or_none(folders.control_socket)
             if isinstance(found, Joined):
                 self._forbidden = True
                 self.answered = folders
@@ -101,8 +97,23 @@ class ControlSocket:
             failures.append((folders.control_socket, found))
         raise self._trouble(failures)
 
+    async def _relay_or_none(self, path: str) -> Joined | int:
+        """The relay, and beside it (the first time) the question whether the box runs commands for us at all: with
+        `ForceCommand internal-sftp` a command is taken for something else, and the relay would never say a word."""
+        if self._runs_commands:
+            return await self._relay(path)
+        if self._runs_commands is None:
+            relay = asyncio.ensure_future(self._relay(path))
+            try:
+                self._runs_commands = await self._can_run_commands()
+                if self._runs_commands:
+                    return await relay
+            finally:
+                relay.cancel()
+                await asyncio.wait({relay})
+        return NO_PROGRAM
+
     async def _can_run_commands(self) -> bool:
-        """Not with `ForceCommand internal-sftp`, which takes any command for itself and ends with its input."""
         try:
             process = await self._process(HELLO_COMMAND)
         except Trouble:
@@ -116,11 +127,13 @@ class ControlSocket:
     async def _relay(self, path: str) -> Joined | int:
         """A channel, or the errno of the socket; NO_PROGRAM where the box has nothing to relay with."""
         process = await self._process(relay_command(path))
-        code = await _first_word(process)
-        if code == 0:
-            return Joined(process.stdout, process.stdin, RELAY)
-        process.close()
-        return code
+        code = None
+        try:
+            code = await _first_word(process)
+        finally:
+            if code != 0:
+                process.close()
+        return Joined(process.stdout, process.stdin, RELAY) if code == 0 else code
 
     async def _process(self, command: str) -> asyncssh.SSHClientProcess[bytes]:
         try:

@@ -47,7 +47,7 @@ os._exit(0)
 
 # socat and nc do not say whether they have reached the socket; what is not even a socket is told apart before.
 _SHELL = """
-if command -v python3 >/dev/null 2>&1; then exec python3 -c {python} {path}; fi
+if command -v python3 >/dev/null 2>&1; then exec python3 -IS -c {python} {path}; fi
 if [ ! -S {path} ]; then echo agentqd-relay {enoent}; exit 1; fi
 if command -v socat >/dev/null 2>&1; then echo agentqd-relay ok; exec socat -t 86400 - UNIX-CONNECT:{path}; fi
 if command -v nc >/dev/null 2>&1; then echo agentqd-relay ok; exec nc -N -U {path}; fi
