@@ -64,12 +64,17 @@ def check(box: RealBox, rows: list[dict[str, Any]], out: Path, to: Path) -> None
     """Lost = doubled = 0; every file is there with the bytes that the box has."""
     printed = [json.loads(line)["delivery_id"] for line in out.read_text().splitlines()]
     assert printed == [row["delivery_id"] for row in rows]
-    assert sorted(path.name for path in to.iterdir()) == [".agentqctl", *(f"job_{n}-id{n}" for n in range(len(rows)))]
+    assert sorted(path.name for path in to.iterdir()) == [
+        ".agentqctl",
+        *(f"job_{n}-id{n}" for n in range(len(rows))),
+    ]
     assert [path.name for path in (to / ".agentqctl").iterdir()] == ["lock"]
     for row in rows:
         folder = to / f"{row['name'].replace(' ', '_')}-{row['task_id']}"
         assert json.loads((folder / "result.json").read_text())["delivery_id"] == row["delivery_id"]
-        there = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        there = {
+            str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
         for stream in ("stdout", "stderr"):
             assert there.pop(stream) == (box.attempt_folder(row["task_id"]) / stream).read_bytes()
         del there["result.json"]
@@ -159,7 +164,11 @@ def test_a_cut_transfer_goes_on_at_the_byte_where_it_stopped(proxied: tuple[Real
 def test_follow_goes_on_over_cuts_and_restarts_of_the_daemon(proxied: tuple[RealBox, CutProxy]) -> None:
     box, proxy = proxied
     out, to = box.folder / "out.jsonl", box.folder / "to"
-    proxy.begin(lambda number: Cut(number, "down", 700 + 97 * number) if number % 3 else Cut(number, "up", number % 150))
+    proxy.begin(
+        lambda number: (
+            Cut(number, "down", 700 + 97 * number) if number % 3 else Cut(number, "up", number % 150)
+        )
+    )
     process = pull(proxy, out, "--to", str(to), "--follow")
     try:
         for n in range(6):
@@ -177,7 +186,9 @@ def test_follow_goes_on_over_cuts_and_restarts_of_the_daemon(proxied: tuple[Real
     for n in range(6):
         assert (to / f"t{n}-t{n}" / "artifacts" / "f").read_text() == f"{n}\n"
     assert proxy.cut_count > 10
-    wait_for("the last acknowledgement", lambda: box.api("GET", "/v1/consumers")[1]["consumers"][0]["behind"] <= 1)
+    wait_for(
+        "the last acknowledgement", lambda: box.api("GET", "/v1/consumers")[1]["consumers"][0]["behind"] <= 1
+    )
 
 
 def test_the_sockets_of_a_pull_are_closed(proxied: tuple[RealBox, CutProxy]) -> None:

@@ -133,7 +133,9 @@ def test_a_lost_task_ends_the_waiting(proxied: tuple[RealBox, CutProxy], verb: l
             out, err = process.communicate(timeout=40)
         finally:
             process.kill()
-    assert (process.returncode, out) == ((125, b"t  lost (supervisor_lost)\n") if verb == ["wait"] else (0, b"begun\n")), err
+    assert (process.returncode, out) == (
+        (125, b"t  lost (supervisor_lost)\n") if verb == ["wait"] else (0, b"begun\n")
+    ), err
 
 
 @pytest.mark.parametrize("verb", [["wait"], ["logs", "-f"]], ids=["wait", "logs -f"])
