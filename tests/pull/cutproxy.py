@@ -81,32 +81,31 @@ class CutProxy:
 
     def _serve(self, client: socket.socket, cut: Cut | None) -> None:
         up, down, is_cut = bytearray(), 0, False
-        with client, socket.socket(socket.AF_UNIX) as box:
-            with contextlib.suppress(OSError):
-                is_cut = cut is not None and cut.way == "up" and cut.count == 0
-                if not is_cut:
-                    box.connect(self._target)
-                while not is_cut:
-                    ready, _, _ = select.select([client, box], [], [], 30)
-                    if not ready:
-                        break
-                    source, sink = (client, box) if client in ready else (box, client)
-                    way = "up" if source is client else "down"
-                    passed = len(up) if way == "up" else down
-                    most = 65536 if cut is None or cut.way != way else min(65536, cut.count - passed)
-                    data = source.recv(most) if most else b""
-                    if not data and most:
-                        break
-                    sink.sendall(data)
-                    if way == "up":
-                        up += data
-                    else:
-                        down += len(data)
-                    is_cut = cut is not None and cut.way == way and passed + len(data) >= cut.count
-                if is_cut:
-                    with self._lock:
-                        self.cut_count += 1
-                    self.on_cut()
+        with client, socket.socket(socket.AF_UNIX) as box, contextlib.suppress(OSError):
+            is_cut = cut is not None and cut.way == "up" and cut.count == 0
+            if not is_cut:
+                box.connect(self._target)
+            while not is_cut:
+                ready, _, _ = select.select([client, box], [], [], 30)
+                if not ready:
+                    break
+                source, sink = (client, box) if client in ready else (box, client)
+                way = "up" if source is client else "down"
+                passed = len(up) if way == "up" else down
+                most = 65536 if cut is None or cut.way != way else min(65536, cut.count - passed)
+                data = source.recv(most) if most else b""
+                if not data and most:
+                    break
+                sink.sendall(data)
+                if way == "up":
+                    up += data
+                else:
+                    down += len(data)
+                is_cut = cut is not None and cut.way == way and passed + len(data) >= cut.count
+            if is_cut:
+                with self._lock:
+                    self.cut_count += 1
+                self.on_cut()
         with self._lock:
             self.seen.append(Seen(bytes(up), down))
 

@@ -122,7 +122,7 @@ def test_logs_f_of_a_growing_output_through_cuts_and_a_restart_is_byte_for_byte(
 def test_a_lost_task_ends_the_waiting(proxied: tuple[RealBox, CutProxy], verb: list[str]) -> None:
     box, proxy = proxied
     box.append({"task": "t", "id": "t", "prompt": "echo begun; sleep 1000"})
-    wait_for("its first word", lambda: (box.attempt_folder("t") / "stdout").exists())
+    wait_for("its first word", (box.attempt_folder("t") / "stdout").exists)
     command = [sys.executable, "-m", "agentqd.cli.main", "--socket", proxy.path, *verb, "t"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
