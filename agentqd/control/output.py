@@ -109,7 +109,7 @@ def _described(item: Recorded, attempt: Attempt) -> dict[str, Any]:
     try:
         opened = open_recorded(item)
     except FileGone as error:
-        if item.kind == "stream":  # a worker that wrote nothing, or was never started, has none
+        if item.may_be_missing:
             return {**shown, "bytes": 0}
         return {**shown, "problem": error.code, "message": error.message}
     except AgentqError as error:
@@ -131,7 +131,7 @@ async def read_file(call: Call) -> web.StreamResponse:
     try:
         opened = await asyncio.to_thread(open_recorded, item)
     except FileGone:
-        if item.kind != "stream":
+        if not item.may_be_missing:
             raise
         opened = OpenFile(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), [(0, 0)], 0)
     try:
@@ -227,7 +227,12 @@ def _attempt(
     files: list[Recorded] = []
     for name in STREAMS:
         punched = evidence is None or bool(evidence.get(f"{name}_truncated"))
-        files.append(Recorded(name, "stream", name, None, None, box.folders.tasks, folder, punched))
+        wrote = evidence is not None and bool(evidence.get(f"{name}_bytes"))
+        files.append(
+            Recorded(
+                name, "stream", name, None, None, box.folders.tasks, folder, punched, may_be_missing=not wrote
+            )
+        )
     result = _result_of(connection, task.seq, number)
     if result.artifacts and (file is None or file.startswith("a")):
         workdir = _workdir(connection, box, task)

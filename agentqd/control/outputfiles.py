@@ -57,6 +57,7 @@ class Recorded(msgspec.Struct, frozen=True):
     base: str  # the folder it lies below
     inner: tuple[str, ...] = ()  # folders below `base` that the worker could have replaced
     punched: bool = False  # a hole in it may be what was punched out
+    may_be_missing: bool = False  # a stream to which nothing was written, as far as anybody knows
 
 
 class OpenFile:

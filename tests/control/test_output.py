@@ -190,6 +190,15 @@ async def test_expected_files_of_a_workdir_are_read_below_it_and_nowhere_else(da
         await daemon.fails("GET", where(task_id, files[name]["file"]), 409, "file_unreadable")
 
 
+async def test_a_stream_that_was_written_and_is_gone_is_told(daemon: Daemon) -> None:
+    task_id = await ended(daemon, {b"stdout": b"x"})
+    (daemon.attempt_folder(task_id) / "stdout").unlink()
+    files = await listed(daemon, task_id)
+    assert (files["stdout"]["problem"], files["stderr"]["bytes"]) == ("file_gone", 0)
+    await daemon.fails("GET", where(task_id, "stdout"), 404, "file_gone")
+    assert (await read(daemon, task_id, "stderr"))[0] == b""
+
+
 async def test_the_middle_that_was_punched_out_is_left_out_and_said(daemon: Daemon) -> None:
     head, middle, tail = b"h" * 4 * BLOCK, b"m" * 8 * BLOCK, b"t" * 3 * BLOCK
     task_id = await ended(daemon, {b"stdout": head + middle + tail}, truncated=True)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from cli.standin import StandIn
+from conftest import MakeBox
 from realbox import RealBox, wait_for
 
 pytestmark = pytest.mark.real
@@ -202,6 +203,49 @@ def test_a_disk_that_takes_no_more_is_told_and_nothing_is_acknowledged(box: Real
     assert acknowledged(box) == {}
     assert os.listdir(tmp_path / "to") == [".agentqctl"]
     assert len(rows(pull(box, "--to", str(tmp_path / "to")))) == 1
+
+
+def test_what_an_earlier_pull_left_spoilt_is_fetched_anew(box: RealBox, tmp_path: Path) -> None:
+    """As a power cut may leave it: the size is there, the bytes are not."""
+    run(box, "one", "head -c 300000 /dev/urandom | tee big; echo end")
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # noqa: E731
+    assert pull(box, "--to", str(tmp_path / "to"), preexec_fn=small).returncode == 1
+    (part,) = [
+        path for path in (tmp_path / "to").rglob("*") if path.is_file() and path.stat().st_size == 200_000
+    ]
+    part.write_bytes(bytes(200_000))
+    (row,) = rows(pull(box, "--to", str(tmp_path / "to")))
+    folder = Path(row["dir"])
+    assert (folder / "stdout").read_bytes() == (box.attempt_folder("one") / "stdout").read_bytes()
+    assert (folder / "artifacts" / "big").read_bytes() == (
+        box.attempt_folder("one") / "work" / "big"
+    ).read_bytes()
+    assert "problems" not in row
+
+
+def test_a_stream_whose_middle_was_punched_out_comes_without_it_and_says_so(
+    make_box: MakeBox, tmp_path: Path
+) -> None:
+    box = make_box("limits: {stdout_bytes_max: 1MiB}\n")
+    run(box, "one", "head -c 3000000 /dev/urandom | tr '\\0' x; sleep 1.5; echo end")
+    (row,) = rows(pull(box, "--to", str(tmp_path / "to")))
+    (problem,) = row["problems"]
+    stdout = (Path(row["dir"]) / "stdout").read_bytes()
+    assert (problem["path"], problem["reason"]) == ("stdout", "left_out")
+    assert len(stdout) + problem["left_out_bytes"] == 3_000_004
+    assert b"\0" not in stdout
+    assert stdout.endswith(b"end\n")
+
+
+def test_a_result_whose_folder_somebody_took_away_before_its_acknowledgement_is_fetched_again(
+    box: RealBox, tmp_path: Path
+) -> None:
+    run(box, "one", "echo out")
+    to = tmp_path / "to"
+    hook = f'mv "$AGENTQ_DIR" {tmp_path}/moved; kill -9 $PPID'
+    assert pull(box, "--to", str(to), "--exec", hook).returncode == -9
+    (row,) = rows(pull(box, "--to", str(to)))
+    assert (Path(row["dir"]) / "stdout").read_text() == "out\n"
 
 
 @pytest.mark.root
