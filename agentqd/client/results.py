@@ -33,6 +33,7 @@ from agentqd.client.transfer import FileProblem, Remote, fetch, list_files
 from agentqd.core.errors import AgentqError, RefusedForNow
 
 OURS = ".agentqctl"
+DONE = ".done"  # what is being removed
 RESULT = "result.json"
 ITEMS = ("artifacts", "stdout", "stderr", "problems.json", RESULT)  # result.json last
 PLACES_MAX = 10_000
@@ -125,15 +126,25 @@ class Results:
 
     def forget(self, row: Row) -> None:
         """It will not come again."""
-        shutil.rmtree(os.path.join(self._ours, row["delivery_id"]), ignore_errors=True)
+        self._remove(row["delivery_id"])
 
     def forget_all_but(self, rows: list[Row]) -> None:
         """Rows come in order: one that was told and is not among the first was acknowledged after all."""
         coming = {row.get("delivery_id") for row in rows}
         with _explained(self._folder):
             for name in os.listdir(self._ours):
-                if name not in coming and os.path.exists(f"{self._ours}/{name}/{self._told}"):
-                    shutil.rmtree(f"{self._ours}/{name}", ignore_errors=True)
+                is_over = name not in coming and os.path.exists(f"{self._ours}/{name}/{self._told}")
+                if is_over or name.endswith(DONE):
+                    self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        """Renamed first: a folder that is removed in part must not look like one that is filled in part."""
+        path = os.path.join(self._ours, name)
+        with contextlib.suppress(OSError):  # tidying up: the next pull tries again
+            if not name.endswith(DONE):
+                os.rename(path, path + DONE)
+                path += DONE
+            shutil.rmtree(path)
 
     # A result and its files.
 
@@ -149,6 +160,7 @@ class Results:
             if is_whole:
                 return Kept(place, _read_json(f"{place}/problems.json") or [], told=False)
             problems = self._fill(row, f"{stage}/files")
+            fsync_folder(self._ours)
             write_durably(f"{stage}/place", json.dumps(os.path.basename(place)).encode())
         else:
             problems = (

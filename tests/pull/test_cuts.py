@@ -86,6 +86,11 @@ def check(box: RealBox, rows: list[dict[str, Any]], out: Path, to: Path) -> None
         assert sums == wanted
 
 
+def behind(box: RealBox, consumer: str) -> int:
+    (found,) = [each for each in box.api("GET", "/v1/consumers")[1]["consumers"] if each["name"] == consumer]
+    return int(found["behind"])
+
+
 def all_points(box: RealBox, proxy: CutProxy, rows: list[dict[str, Any]]) -> list[Cut]:
     """Of a pull that nothing cuts, which is checked too."""
     out, to = box.folder / "plain.jsonl", box.folder / "plain"
@@ -118,6 +123,7 @@ def test_a_pull_cut_once_at_any_step_goes_on_and_loses_and_doubles_nothing(
             code, error = ended(pull(proxy, out, "--to", str(to), "--consumer", f"c{n:04}"))
         assert (code, error) == (0, remarks(rows)), cut
         check(box, rows, out, to)
+        assert behind(box, f"c{n:04}") == 0, cut
         tried += 1
     assert tried >= 40
 
@@ -143,6 +149,7 @@ def test_a_pull_killed_at_any_step_is_ended_by_the_next_one(proxied: tuple[RealB
         proxy.begin(lambda _: None)
         assert ended(pull(proxy, out, *words))[0] == 0, cut
         check(box, rows, out, to)
+        assert behind(box, f"c{n:04}") == 0, cut
         tried += 1
     assert tried >= 40
 
