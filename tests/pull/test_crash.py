@@ -85,7 +85,7 @@ def test_a_pull_killed_at_any_call_leaves_nothing_half_and_the_next_one_ends_it(
                 file.write(done.stdout)
             told_twice += check(out, to) - 1
     assert killed >= 30
-    assert told_twice <= 1  # between the print and its mark
+    assert told_twice <= 2  # behind the print: at its fsync, at the mkdir of the mark
 
 
 def test_each_file_is_on_the_disk_before_its_result_is_seen_and_told(box: RealBox, tmp_path: Path) -> None:
