@@ -129,7 +129,7 @@ async def read_file(call: Call) -> web.StreamResponse:
     if item.kind != "entry" and not attempt.ended:
         raise AttemptRunning(f"{item.name}: {_ENDED_ONLY}", file=item.file)
     try:
-        opened = await asyncio.to_thread(open_recorded, item)
+        opened = await _opened(item)
     except FileGone:
         if not item.may_be_missing:
             raise
@@ -138,6 +138,21 @@ async def read_file(call: Call) -> web.StreamResponse:
         return await _send(call, item, opened)
     finally:
         opened.close()
+
+
+async def _opened(item: Recorded) -> OpenFile:
+    """Opened on a thread; closed there too if nobody waits for it any more."""
+    opening = asyncio.ensure_future(asyncio.to_thread(open_recorded, item))
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        opening.add_done_callback(_close_unwanted)
+        raise
+
+
+def _close_unwanted(opening: asyncio.Future[OpenFile]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 async def _send(call: Call, item: Recorded, opened: OpenFile) -> web.StreamResponse:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from agentqd.control import output, outputfiles
 from agentqd.core.task import read_task
 from agentqd.loops import evidence
 from agentqd.loops.finishing import AttemptEnd, finish_attempt
@@ -222,6 +225,30 @@ async def test_a_running_attempts_streams_are_listed_and_not_read(daemon: Daemon
     shown = await daemon.get(where(task_id))
     assert (shown["ended"], shown["files"][0]["bytes"]) == (False, 6)
     await daemon.fails("GET", where(task_id, "stdout"), 409, "attempt_running")
+
+
+async def test_a_file_opened_for_one_who_has_gone_is_closed(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id = await ended(daemon, {b"stdout": b"x"})
+    begun, go, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def slow(item: outputfiles.Recorded) -> outputfiles.OpenFile:
+        begun.set()
+        go.wait(10)
+        opened = outputfiles.open_recorded(item)
+        close = opened.close
+        opened.close = lambda: (close(), closed.set())  # type: ignore[method-assign,return-value]
+        return opened
+
+    monkeypatch.setattr(output, "open_recorded", slow)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await daemon.session.get(f"http://box{where(task_id, 'stdout')}")
+    assert begun.is_set()
+    await asyncio.sleep(0.1)  # its cancellation
+    go.set()
+    await daemon.until(closed.is_set)
 
 
 def test_open_beneath_takes_names_only(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from typing import NamedTuple, Self
 
 
 class Cut(NamedTuple):
-    """Connection `number` (from 0) ends after `count` bytes in this direction. `up` 0: before the request."""
+    """Connection `number` (from 0) ends after `count` bytes in this direction. `up` 0: before the request. `hang`: after
+    so many bytes down nothing more comes, and nobody says so."""
 
     number: int
-    way: str  # "up" or "down"
+    way: str  # "up", "down" or "hang"
     count: int
 
 
@@ -92,7 +93,8 @@ class CutProxy:
                 source, sink = (client, box) if client in ready else (box, client)
                 way = "up" if source is client else "down"
                 passed = len(up) if way == "up" else down
-                most = 65536 if cut is None or cut.way != way else min(65536, cut.count - passed)
+                limited = cut is not None and (cut.way == way or (cut.way, way) == ("hang", "down"))
+                most = min(65536, cut.count - passed) if cut is not None and limited else 65536
                 data = source.recv(most) if most else b""
                 if not data and most:
                     break

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from conftest import MakeBox
@@ -15,10 +16,13 @@ from realbox import RealBox, wait_for
 
 from agentqd.client.box import Box
 from agentqd.client.channel import UnixTransport
+from agentqd.client.completions import pull
 from agentqd.client.connection import Connection
 from agentqd.client.logs import LogReader
+from agentqd.client.patience import Patience
 from agentqd.client.tasks import exit_code_of, unread_patience
 from agentqd.client.tasks import wait_for as wait_for_end
+from agentqd.client.transfer import fetch, list_files
 from agentqd.core.errors import AgentqError
 from agentqd.core.folders import Folders
 
@@ -116,6 +120,55 @@ def test_logs_f_of_a_growing_output_through_cuts_and_a_restart_is_byte_for_byte(
     reading.join(60)
     assert got == [b"".join(b"line %d of many\n" % n for n in range(120))]
     assert proxy.cut_count > 5
+
+
+def test_a_connection_that_says_nothing_more_is_given_up_and_made_anew(
+    proxied: tuple[RealBox, CutProxy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentqd.client.tasks.LONG_POLL_S", 0.2)
+    box, proxy = proxied
+    box.append({"task": "t", "id": "t", "prompt": "head -c 300000 /dev/urandom | tee f"})
+    box.result("t")
+    laptop = client(proxy)
+    laptop.connection.timeout_s = 0.3
+    for count in (1, 100, 200):
+        proxy.begin(lambda number, count=count: Cut(number, "hang", count) if number < 2 else None)  # type: ignore[misc]
+        assert wait_for_end(laptop, "t")["finished"]
+        assert proxy._number == 3
+    proxy.begin(lambda number: Cut(number, "hang", 100_000) if number else None)
+    stdout = list_files(laptop.connection, "t", 1, Patience(FOREVER)).files[0]
+    fetch(laptop.connection, stdout, str(tmp_path / "got"), Patience(FOREVER), lambda count: None)
+    assert (tmp_path / "got").read_bytes() == (box.attempt_folder("t") / "stdout").read_bytes()
+    assert proxy._number == 1 + 4
+
+
+def test_a_pull_cut_at_any_place_puts_each_row_away_once(proxied: tuple[RealBox, CutProxy]) -> None:
+    box, proxy = proxied
+    box.append(*({"task": f"t{n}", "id": f"t{n}", "prompt": "echo x"} for n in range(3)))
+    wait_for("3 results", lambda: len(box.completions()) == 3)
+
+    def pulled(consumer: str) -> list[int]:
+        got: list[int] = []
+        away = lambda rows: got.extend(row["seq"] for row in rows)  # noqa: E731
+        pull(client(proxy), consumer, limit=3, follow=True, acknowledge=True, put_away=away)
+        return got
+
+    proxy.begin(lambda _: None)
+    assert pulled("plain") == [1, 2, 3]
+    wait_for("both connections' end", lambda: len(proxy.seen) == 2)
+    for n, cut in enumerate(points(list(proxy.seen))):
+        for times in (1, 3):
+            proxy.begin(
+                lambda number, cut=cut, times=times: (  # type: ignore[misc]
+                    cut._replace(number=number) if cut.number <= number < cut.number + times else None
+                )
+            )
+            consumer = f"{n:03}-{times}"
+            assert (pulled(consumer), proxy.cut_count) == ([1, 2, 3], times), cut
+            found = [
+                each for each in box.api("GET", "/v1/consumers")[1]["consumers"] if each["name"] == consumer
+            ]
+            assert found[0]["acknowledged"] == 3
 
 
 @pytest.mark.parametrize("verb", [["wait"], ["logs", "-f"]], ids=["wait", "logs -f"])
