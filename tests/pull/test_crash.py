@@ -13,6 +13,8 @@ import pytest
 from crash.inject import needs_strace
 from realbox import RealBox, wait_for
 
+from .cutproxy import pullable
+
 pytestmark = [
     pytest.mark.real,
     pytest.mark.root,
@@ -26,7 +28,7 @@ FILES = {"stdout": "out\n", "stderr": "err\n", "artifacts/sub/f": "content\n"}
 
 def a_result(box: RealBox) -> None:
     box.append({"task": "t", "id": "t", "prompt": "echo out; echo err >&2; mkdir sub; echo content > sub/f"})
-    box.result("t")
+    pullable(box, 1)
 
 
 def traced(box: RealBox, out: Path, to: Path, consumer: str, trace: Path, *options: str) -> int:

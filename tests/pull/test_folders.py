@@ -20,6 +20,8 @@ from cli.standin import StandIn
 from conftest import MakeBox
 from realbox import RealBox, wait_for
 
+from .cutproxy import pullable
+
 pytestmark = pytest.mark.real
 
 PROGRAM = [sys.executable, "-m", "agentqd.cli.main"]
@@ -97,7 +99,7 @@ def test_a_second_run_of_a_task_overwrites_nothing(box: RealBox, tmp_path: Path)
     to = tmp_path / "to"
     pull(box, "--to", str(to))
     assert box.ctl("retry", "one").returncode == 0
-    wait_for("the second result", lambda: len(box.completions()) == 2)
+    pullable(box, 2)
     assert [row["dir"] for row in rows(pull(box, "--to", str(to)))] == [f"{to}/one-one.2"]
     assert [(to / name / "stdout").read_text() for name in ("one-one", "one-one.2")] == ["out 1\n", "out 2\n"]
 
@@ -122,7 +124,7 @@ def test_entries_come_as_they_are_handed_over_and_their_result_joins_them(
         echo '{"a": 1}' > $AGENTQ_OUTBOX/small.json; head -c 700000 /dev/urandom > d; cp d .d; mv .d "$AGENTQ_OUTBOX/large bin"
         while [ ! -e go ]; do sleep 0.02; done; echo done"""
     box.append({"task": "t", "id": "t", "prompt": prompt})
-    wait_for("both entries", lambda: len(box.entries()) == 2)
+    pullable(box, 2)
     to = tmp_path / "to"
     done = pull(box, "--to", str(to))
     assert (done.returncode, len(rows(done))) == (0, 2), done.stderr
@@ -131,7 +133,7 @@ def test_entries_come_as_they_are_handed_over_and_their_result_joins_them(
     assert large == (box.attempt_folder("t") / "work" / "d").read_bytes()
     assert os.listdir(to / "t-t") == ["entries"]
     (box.attempt_folder("t") / "work" / "go").touch()
-    box.result("t")
+    pullable(box, 3)
     assert [row["dir"] for row in rows(pull(box, "--to", str(to)))] == [f"{to}/t-t"]
     assert sorted(os.listdir(to / "t-t")) == ["artifacts", "entries", "result.json", "stderr", "stdout"]
     rows(pull(box, "--to", str(to), "--consumer", "again"))
