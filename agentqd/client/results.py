@@ -14,7 +14,6 @@ A row that comes again is known by the `delivery_id` in its `result.json`: nothi
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -22,27 +21,36 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from agentqd.client.box import Box
-from agentqd.client.durable import fsync_file, fsync_folder, write_durably
+from agentqd.client.durable import fsync_folder, write_durably
 from agentqd.client.errors import BadAnswer
 from agentqd.client.localnames import LocalNames, folder_name, part_name
 from agentqd.client.patience import Patience
+from agentqd.client.resultfiles import (
+    CannotKeep,
+    Problem,
+    Row,
+    explained,
+    inline_content,
+    local_path,
+    problem_of,
+    read_json,
+    remarks,
+    same_content,
+    write_file,
+)
 from agentqd.client.transfer import FileProblem, Remote, fetch, list_files
-from agentqd.core.errors import AgentqError, RefusedForNow
+from agentqd.core.errors import RefusedForNow
 
 OURS = ".agentqctl"
 DONE = ".done"  # what is being removed
 RESULT = "result.json"
 ITEMS = ("artifacts", "stdout", "stderr", "problems.json", RESULT)  # result.json last
 PLACES_MAX = 10_000
-RESULT_BYTES_MAX = 64 * 1024 * 1024
 _DELIVERY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TASK = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-Row = dict[str, Any]
-Problem = dict[str, Any]
 
 
 class Meter(Protocol):
@@ -61,12 +69,6 @@ class Kept(NamedTuple):
     told: bool
 
 
-class CannotKeep(AgentqError):
-    """This disk does not take it. Nothing was acknowledged."""
-
-    code = "io_error"
-
-
 class Results:
     """One folder of pulled results. `keep`, then tell, `mark_told`, acknowledge, `forget`: in this order, row by row."""
 
@@ -83,7 +85,7 @@ class Results:
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
         """One pull at a time writes here. Raises RefusedForNow, CannotKeep."""
-        with _explained(self._folder):
+        with explained(self._folder):
             os.makedirs(self._folder, exist_ok=True)
             os.makedirs(self._ours, mode=0o700, exist_ok=True)
             lock = os.open(f"{self._ours}/lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -104,7 +106,7 @@ class Results:
         if not isinstance(delivery, str) or not _DELIVERY.fullmatch(delivery):
             raise BadAnswer(f"a row has no readable delivery_id: {str(row)[:80]!r}")
         stage = os.path.join(self._ours, delivery)
-        with _explained(self._folder):
+        with explained(self._folder):
             if os.path.exists(f"{stage}/{self._told}"):
                 return Kept(_read_place(stage, self._folder), [], told=True)
             if isinstance(row.get("status"), str):
@@ -116,7 +118,7 @@ class Results:
     def mark_told(self, row: Row) -> None:
         """Printed, and --exec run: if only the acknowledgement is lost, the row is not told again."""
         stage = os.path.join(self._ours, row["delivery_id"])
-        with _explained(self._folder):
+        with explained(self._folder):
             os.makedirs(stage, exist_ok=True)
             os.close(
                 os.open(
@@ -131,7 +133,7 @@ class Results:
     def forget_all_but(self, rows: list[Row]) -> None:
         """Rows come in order: one that was told and is not among the first was acknowledged after all."""
         coming = {row.get("delivery_id") for row in rows}
-        with _explained(self._folder):
+        with explained(self._folder):
             for name in os.listdir(self._ours):
                 is_over = name not in coming and os.path.exists(f"{self._ours}/{name}/{self._told}")
                 if is_over or name.endswith(DONE):
@@ -158,14 +160,12 @@ class Results:
         if place is None:
             place, is_whole = self._choose_place(self._base_name(row), row)
             if is_whole:
-                return Kept(place, _read_json(f"{place}/problems.json") or [], told=False)
+                return Kept(place, read_json(f"{place}/problems.json") or [], told=False)
             problems = self._fill(row, f"{stage}/files")
             fsync_folder(self._ours)
             write_durably(f"{stage}/place", json.dumps(os.path.basename(place)).encode())
         else:
-            problems = (
-                _read_json(f"{stage}/files/problems.json") or _read_json(f"{place}/problems.json") or []
-            )
+            problems = read_json(f"{stage}/files/problems.json") or read_json(f"{place}/problems.json") or []
         self._move(f"{stage}/files", place)
         return Kept(place, problems, told=False)
 
@@ -178,16 +178,16 @@ class Results:
             try:
                 listing = list_files(self._box.connection, task_id, attempt, self._patience())
             except FileProblem as error:
-                problems.append(_problem(None, error.code, error.message))
+                problems.append(problem_of(None, error.code, error.message))
             else:
                 remotes = [item for item in listing.files if item.kind != "entry"]
                 if listing.artifacts_truncated:
                     text = "more files were there than are recorded (see artifacts_truncated)"
-                    problems.append(_problem(None, "artifacts_truncated", text))
+                    problems.append(problem_of(None, "artifacts_truncated", text))
                 self._fetch_all(row, remotes, files, problems)
         if problems:
-            _write(f"{files}/problems.json", json.dumps(problems, indent=2).encode())
-        _write(f"{files}/{RESULT}", json.dumps(row).encode() + b"\n")
+            write_file(f"{files}/problems.json", json.dumps(problems, indent=2).encode())
+        write_file(f"{files}/{RESULT}", json.dumps(row).encode() + b"\n")
         for folder, _, _ in os.walk(files, topdown=False):
             fsync_folder(folder)
         return problems
@@ -199,9 +199,11 @@ class Results:
         try:
             for item in remotes:
                 if item.said.get("problem"):
-                    problems.append(_problem(item, str(item.said["problem"]), str(item.said.get("message"))))
+                    problems.append(
+                        problem_of(item, str(item.said["problem"]), str(item.said.get("message")))
+                    )
                     continue
-                local = _local(item, names)
+                local = local_path(item, names)
                 path = f"{files}/{local}"
                 if item.kind == "artifact":
                     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -210,9 +212,9 @@ class Results:
                 except FileProblem as error:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(path)
-                    problems.append(_problem(item, error.code, error.message))
+                    problems.append(problem_of(item, error.code, error.message))
                     continue
-                problems += _remarks(item, local)
+                problems += remarks(item, local)
         finally:
             self._meter.end()
 
@@ -229,7 +231,7 @@ class Results:
                 return place, False
             if not stat.S_ISDIR(os.lstat(place).st_mode):
                 continue
-            there = _read_json(f"{place}/{RESULT}")
+            there = read_json(f"{place}/{RESULT}")
             if isinstance(there, dict) and there.get("delivery_id") == row["delivery_id"]:
                 return place, True
             if all(name == "entries" or name.startswith(".") for name in os.listdir(place)):
@@ -281,7 +283,7 @@ class Results:
             ) from None
         for count in range(1, PLACES_MAX):
             path = f"{place}/entries/{name}" + (f"~{count}" if count > 1 else "")
-            if not os.path.lexists(path) or _same_content(draft, path):
+            if not os.path.lexists(path) or same_content(draft, path):
                 os.rename(draft, path)
                 break
         fsync_folder(f"{place}/entries")
@@ -290,9 +292,9 @@ class Results:
         return Kept(place, [], told=False)
 
     def _fetch_entry(self, row: Row, draft: str) -> Problem | None:
-        content = _inline(row)
+        content = inline_content(row)
         if content is not None:
-            _write(draft, content)
+            write_file(draft, content)
             return None
         task_id, attempt = row["task_id"], row.get("attempt")
         if not _TASK.fullmatch(task_id) or not isinstance(attempt, int):
@@ -304,7 +306,7 @@ class Results:
                 return {"path": row["key"], "reason": "file_gone", "message": "the box has it no longer"}
             item = found[0]
             if item.said.get("problem"):
-                return _problem(item, str(item.said["problem"]), str(item.said.get("message")))
+                return problem_of(item, str(item.said["problem"]), str(item.said.get("message")))
             self._meter.begin(f"{row.get('name')}: {row['key']}", item.bytes)
             try:
                 fetch(self._box.connection, item, draft, self._patience(), self._meter.add)
@@ -315,125 +317,17 @@ class Results:
         return None
 
 
-def _local(item: Remote, names: LocalNames) -> str:
-    """Where a file of a result is kept. Raises BadAnswer: a daemon lists nothing that leads out of its folder."""
-    if item.kind == "stream":
-        if item.name not in ("stdout", "stderr"):
-            raise BadAnswer(f"the daemon lists a stream {item.name[:80]!r}")
-        return item.name
-    try:
-        return f"artifacts/{names.place(item.name)}"
-    except ValueError as error:
-        raise BadAnswer(
-            f"task {item.task_id}: an artifact's name would lead out of its folder: {error}"
-        ) from None
-
-
-def _remarks(item: Remote, local: str) -> list[Problem]:
-    """What is not wrong but not plain either."""
-    found: list[Problem] = []
-    left_out = item.said.get("left_out_bytes")
-    if left_out:
-        text = f"{left_out} bytes were left out: the output passed limits.stdout_bytes_max"
-        found.append(
-            {
-                **_problem(item, "left_out", text),
-                "at": item.said.get("left_out_at"),
-                "left_out_bytes": left_out,
-            }
-        )
-    if item.kind == "artifact" and local != f"artifacts/{item.name}":
-        found.append({**_problem(item, "renamed", "its name cannot be a file's name here"), "as": local})
-    return found
-
-
-def _problem(item: Remote | None, reason: str, message: str) -> Problem:
-    if item is None:
-        return {"path": None, "reason": reason, "message": message}
-    told = {"path": item.name, "kind": item.kind, "reason": reason, "message": message}
-    return {**told, "bytes": item.bytes, "sha256": item.sha256}
-
-
 def _takes_entries_of(place: str, task_id: str) -> bool:
     if not os.path.lexists(place):
         return True
     if not stat.S_ISDIR(os.lstat(place).st_mode):
         return False
-    there = _read_json(f"{place}/{RESULT}")
+    there = read_json(f"{place}/{RESULT}")
     return there is None or (isinstance(there, dict) and there.get("task_id") == task_id)
 
 
-def _inline(row: Row) -> bytes | None:
-    """An entry's content as the row holds it; JSON comes without the spaces that its worker wrote."""
-    if "content_base64" in row:
-        import base64
-
-        try:
-            return base64.b64decode(str(row["content_base64"]), validate=True)
-        except ValueError:
-            raise BadAnswer("an entry's content_base64 is not base64") from None
-    if "content" not in row:
-        return None
-    content = row["content"]
-    if isinstance(content, str) and not str(row["key"]).endswith(".json"):
-        return content.encode("utf-8", "surrogatepass")
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
-
-
-def _same_content(one: str, other: str) -> bool:
-    if not stat.S_ISREG(os.lstat(other).st_mode) or os.stat(one).st_size != os.stat(other).st_size:
-        return False
-    with open(one, "rb") as left, open(other, "rb") as right:
-        while piece := left.read(1 << 20):
-            if piece != right.read(len(piece)):
-                return False
-    return True
-
-
 def _read_place(stage: str, folder: str) -> str | None:
-    name = _read_json(f"{stage}/place")
+    name = read_json(f"{stage}/place")
     if not isinstance(name, str) or not name or "/" in name or name in (".", ".."):
         return None
     return os.path.join(folder, name)
-
-
-def _read_json(path: str) -> Any:
-    """None where there is none, or nothing readable."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    with open(fd, "rb") as file:
-        try:
-            return json.loads(file.read(RESULT_BYTES_MAX))
-        except (ValueError, OSError, RecursionError):
-            return None
-
-
-def _write(path: str, content: bytes) -> None:
-    """The file has this content, fsynced; its name is its folder's concern."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    with open(fd, "wb") as file:
-        file.write(content)
-        file.flush()
-        fsync_file(fd)
-
-
-@contextlib.contextmanager
-def _explained(folder: str) -> Iterator[None]:
-    """An OSError of this machine's disk, in words."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename if isinstance(error.filename, str) else folder
-        hint = {
-            errno.ENOSPC: "make room",
-            errno.EDQUOT: "make room",
-            errno.EACCES: "choose a folder that you may write to",
-            errno.EPERM: "choose a folder that you may write to",
-            errno.EROFS: "choose a folder that you may write to",
-        }.get(error.errno or 0, "mend it")
-        raise CannotKeep(
-            f"{where}: {error.strerror or error}; nothing of this row was acknowledged: {hint}, then pull again",
-            path=where,
-        ) from error
