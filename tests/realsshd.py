@@ -6,7 +6,8 @@
         sshd.kill()                                        # server and every session, at once
         sshd.start()                                       # the same port, the same host key
 
-`account` logs in as another one (fixture `ordinary_user`, which needs root); `lines=` are added to its sshd_config.
+`account` logs in as another one (fixture `ordinary_user`, which needs root); `lines=` are added to its sshd_config; `place=`
+has it listen elsewhere than on loopback (a namespace: laptop/netns.py).
 Tests with it are marked `sshd` (conftest.py skips them, with the reason, where there is none).
 Its files lie in a folder of its own below /tmp (0755): pytest's own folders are closed to an ordinary user.
 """
@@ -72,6 +73,16 @@ class Account(NamedTuple):
         ]
 
 
+class Place(NamedTuple):
+    """Where a server listens, and what must stand before its command to run it there."""
+
+    host: str = "127.0.0.1"
+    prefix: tuple[str, ...] = ()
+
+
+LOOPBACK = Place()
+
+
 def _may_read_the_interpreter() -> list[str]:
     """An interpreter below a closed home (/root/.pyenv) is lent to the ordinary user, for reading only."""
     closed = [
@@ -130,8 +141,9 @@ class Laptop:
 class RealSshd:
     """One sshd with its port, host key and one authorized client key."""
 
-    def __init__(self, account: Account, lines: Sequence[str] = ()) -> None:
+    def __init__(self, account: Account, lines: Sequence[str] = (), place: Place = LOOPBACK) -> None:
         self.account = account
+        self.place = place
         self.folder = Path(tempfile.mkdtemp(prefix="aq-sshd-"))
         self.folder.chmod(0o755)
         self.port = _free_port()
@@ -148,7 +160,7 @@ class RealSshd:
 
     @property
     def url(self) -> str:
-        return f"ssh://{self.account.name}@127.0.0.1:{self.port}"
+        return f"ssh://{self.account.name}@{self.place.host}:{self.port}"
 
     def laptop(self, folder: Path) -> Laptop:
         """A laptop that may log in here and knows the host key."""
@@ -158,9 +170,9 @@ class RealSshd:
         laptop.known_hosts.write_text(self.known_hosts_line())
         return laptop
 
-    def known_hosts_line(self, host: str = "127.0.0.1") -> str:
+    def known_hosts_line(self, host: str | None = None) -> str:
         words = Path(f"{self.host_key}.pub").read_text().split()
-        return f"[{host}]:{self.port} {words[0]} {words[1]}\n"
+        return f"[{host or self.place.host}]:{self.port} {words[0]} {words[1]}\n"
 
     def new_host_key(self) -> None:
         """Another host key, used from the next start on."""
@@ -177,7 +189,7 @@ class RealSshd:
         match = next((at for at, line in enumerate(self.lines) if line.startswith("Match ")), len(self.lines))
         text = [
             *self.lines[:match],
-            f"ListenAddress 127.0.0.1:{self.port}",
+            f"ListenAddress {self.place.host}:{self.port}",
             f"HostKey {self.host_key}",
             f"AuthorizedKeysFile {self.folder}/authorized_keys",
             "PidFile none",
@@ -191,7 +203,10 @@ class RealSshd:
         before = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [SSHD, "-D", "-e", "-f", str(config)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*self.place.prefix, SSHD, "-D", "-e", "-f", str(config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         wait_for("sshd to listen", lambda: self._listens(before))
         return self
@@ -262,10 +277,14 @@ class RealSshd:
 
 @contextlib.contextmanager
 def real_sshd(
-    account: Account | None = None, lines: Sequence[str] = (), *, start: bool = True
+    account: Account | None = None,
+    lines: Sequence[str] = (),
+    *,
+    start: bool = True,
+    place: Place = LOOPBACK,
 ) -> Iterator[RealSshd]:
     """An sshd that `account` (the current user without one) may log in to, with more lines of sshd_config."""
-    with RealSshd(account or current_account(), lines) as sshd:
+    with RealSshd(account or current_account(), lines, place) as sshd:
         if start:
             sshd.start()
         yield sshd

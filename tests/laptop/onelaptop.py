@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from realbox import RealBox, real_box, wait_for
-from realsshd import Account, Laptop, RealSshd, current_account, real_sshd
+from realsshd import LOOPBACK, Account, Laptop, Place, RealSshd, current_account, real_sshd
 
 CTL = [sys.executable, "-m", "agentqd.cli.main"]
 
@@ -56,9 +56,13 @@ class OneLaptop:
         """The same for the box."""
         return self.run("--box", self.name, *words, stdin=stdin, timeout=timeout)
 
+    @property
+    def command(self) -> list[str]:
+        return [*CTL, "--box", self.name]
+
     def start(self, *words: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [*CTL, "--box", self.name, *words],
+            [*self.command, *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -122,6 +126,7 @@ def one_laptop(
     start: bool = True,
     config: str | None = None,
     state: Path | None = None,
+    place: Place = LOOPBACK,
 ) -> Iterator[OneLaptop]:
     """Everything in folders below /tmp with short names (sockets), gone afterwards."""
     top = Path(tempfile.mkdtemp(prefix="aq-lap-"))
@@ -131,7 +136,10 @@ def one_laptop(
         folder = top / "box"
         folder.mkdir()
         os.chown(folder, account.uid, account.gid)
-        with real_sshd(account, lines) as sshd, real_box(folder, config, start=False) as box:
+        with (
+            real_sshd(account, lines, place=place) as sshd,
+            real_box(folder, config, start=False) as box,
+        ):
             box.prefix = account.as_prefix()
             if state is not None:
                 box.state = state
