@@ -9,9 +9,13 @@ from typing import Any, TypeVar
 from agentqd.client.channel import Transport
 from agentqd.client.errors import BadAnswer, error_from_answer
 from agentqd.client.http import Answer, exchange, make_target
+from agentqd.core.limits import KIB
 
 REQUEST_TIMEOUT_S = 30.0
 LONG_POLL_S = 25.0
+SLOW_UPLINK_BYTES_PER_S = (
+    32 * KIB
+)  # a large prompt may take its time; a link that is dead is the keeper's to notice
 
 Query = dict[str, str | int | None]
 Object = dict[str, Any]
@@ -65,7 +69,7 @@ class Connection:
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
         target = make_target(path, query)
-        timeout_s = self.timeout_s + extra_s
+        timeout_s = self.timeout_s + extra_s + len(body or b"") / SLOW_UPLINK_BYTES_PER_S
         answer = exchange(self.transport, method, target, body=body, timeout_s=timeout_s, headers=headers)
         if answer.status < 300:
             return answer
