@@ -10,27 +10,32 @@ from pathlib import Path
 
 import pytest
 from realbox import RealBox, real_box
+from realsshd import SSHD
 
 MakeBox = Callable[..., RealBox]
 
 # Tests with these marks may be skipped on a person's machine, with a reason. In CI they must run.
-MUST_RUN_IN_CI = ("root", "systemd", "image")
+MUST_RUN_IN_CI = ("root", "sshd", "systemd", "image")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--no-skips",
         action="store_true",
-        help="a skipped test marked root, systemd or image is a failure (script/test sets this when CI=true)",
+        help="a skipped test marked root, sshd, systemd or image is a failure (script/test sets this when CI=true)",
     )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.geteuid() == 0:
-        return
+    missing = {}
+    if os.geteuid() != 0:
+        missing["root"] = "needs root"
+    if not os.path.exists(SSHD):
+        missing["sshd"] = f"needs {SSHD} (Debian: openssh-server)"
     for item in items:
-        if item.get_closest_marker("root"):
-            item.add_marker(pytest.mark.skip(reason="needs root"))
+        for mark, reason in missing.items():
+            if item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.hookimpl(wrapper=True)
