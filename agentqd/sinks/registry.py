@@ -64,11 +64,18 @@ def _command(context: Context, _: int) -> Sink:
     return CommandSink(context)
 
 
+def _ssh(context: Context, _: int) -> Sink:
+    from agentqd.sinks.ssh import SshSink
+
+    return SshSink(context)
+
+
 _PLUGS: Final[dict[str, Callable[[Context, int], Sink]]] = {
     "completions": _completions,
     "rejected": _rejected,
     "file": _file,
     "command": _command,
+    "ssh": _ssh,
 }
 
 
