@@ -36,6 +36,7 @@ from agentqd.core.limits import KIB
 from agentqd.sinks.base import Context, Deferred, Delivered, Delivery, Found, Outcome, Rejected
 from agentqd.sinks.reason import bounded
 from agentqd.sinks.sshlink import SshLink, Unreachable
+from agentqd.system.failpoints import failpoint
 
 if TYPE_CHECKING:
     from asyncssh import SFTPAttrs, SFTPClient, SFTPClientFile, SFTPError
@@ -137,6 +138,7 @@ class SshSink:
             return Deferred(bounded(f"{self._link.where}: cut: {problem}"), connection=True)
         except OSError as problem:  # our own copy of the content
             return Deferred(bounded(f"{delivery.blob_path}: {problem.strerror}"))
+        failpoint("ssh_delivered")
         return Delivered(detail=self._link.where)
 
     # A file: temporary name, fsync, rename.

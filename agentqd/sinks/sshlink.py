@@ -32,6 +32,7 @@ _BELIEVED_S: Final = 2.0  # a connection used so lately is not looked at first
 _LOOK_S: Final = 5.0
 _KEEPALIVE_S: Final = 10.0
 _KEEPALIVES: Final = 3
+_TURNS_TO_CLOSE: Final = 4
 _KNOWN_HOSTS_BYTES_MAX: Final = 4 * MIB
 _SYSTEM_KNOWN_HOSTS: Final = "/etc/ssh/ssh_known_hosts"
 
@@ -114,6 +115,8 @@ class SshLink:
             except TimeoutError:
                 pass
         self.drop()
+        for _ in range(_TURNS_TO_CLOSE):  # what was dropped just now is closed by the loop's next turns
+            await asyncio.sleep(0)
 
     def _close_idle(self) -> None:
         self._idle = None
@@ -121,6 +124,8 @@ class SshLink:
 
     async def _lives(self, sftp: SFTPClient) -> bool:
         """A peer that has slept or moved leaves a connection that looks open."""
+        if self._connection is None or self._connection.is_closed():
+            return False
         if time.monotonic() - self._used_s < _BELIEVED_S:
             return True
         ssh = _asyncssh()
@@ -169,6 +174,9 @@ class SshLink:
             raise Unreachable(f"{self.where} opens no SFTP session: {problem.reason}") from None
         except (OSError, ssh.Error, ValueError) as problem:
             raise Unreachable(f"{self.where} cannot be reached: {_said(problem)}") from None
+        finally:  # a login that was cancelled or refused leaves no socket
+            if seen.connection is not None and seen.connection is not self._connection:
+                seen.connection.abort()
 
     def _bad_host_key(self, seen: _HostKeys, said: str) -> Unreachable:
         name = self._host if self._port == 22 else f"[{self._host}]:{self._port}"
@@ -229,9 +237,9 @@ class SshLink:
             raise Unreachable(f"{path}: the private key cannot be read: {problem.strerror}") from None
         try:
             return [ssh.import_private_key(data)]
-        except ssh.KeyEncryptionError:
-            raise Unreachable(f"{path} has a passphrase, which nobody is there to type") from None
-        except (ssh.KeyImportError, ValueError):
+        except (ssh.KeyEncryptionError, ssh.KeyImportError, ValueError) as problem:
+            if isinstance(problem, ssh.KeyEncryptionError) or "passphrase" in str(problem).lower():
+                raise Unreachable(f"{path} has a passphrase, which nobody is there to type") from None
             raise Unreachable(f"{path} is no private key") from None
 
 
@@ -242,6 +250,7 @@ class _HostKeys:
         self._known_hosts = known_hosts
         self.known = False
         self.offered: str | None = None
+        self.connection: SSHClientConnection | None = None
 
     def match(self, host: str, addr: str, port: int | None) -> Any:  # noqa: ARG002 - asyncssh's signature
         found = self._known_hosts.match(host, "", port)  # by the name only: an address proves nothing
@@ -253,7 +262,10 @@ def _client(seen: _HostKeys) -> Any:
     ssh = _asyncssh()
 
     class Client(ssh.SSHClient):  # type: ignore[name-defined,misc]
-        """Remembers the key that was refused, for the message."""
+        """Remembers the connection, to close it whatever happens, and the key that was refused, for the message."""
+
+        def connection_made(self, conn: SSHClientConnection) -> None:
+            seen.connection = conn
 
         def validate_host_public_key(self, host: str, addr: str, port: int, key: Any) -> bool:  # noqa: ARG002
             seen.offered = f"{key.get_algorithm()} {key.get_fingerprint()}"
