@@ -149,6 +149,7 @@ class SinkRunner:
             "next_probe_at": format_time(self.box.clock.now_us() + int(max(0.0, left_s) * US))
             if resting
             else None,
+            "disabled": self.disabled,
             "concurrency": self._pace.limit,
             "in_flight": self._under_way,
         }

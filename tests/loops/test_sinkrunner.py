@@ -16,12 +16,11 @@ from agentqd.core.settings import Alerts, Settings, Sink
 from agentqd.core.units import Backoff, Duration
 from agentqd.loops import sinkrunner
 from agentqd.loops.delivery import DeliveryLoop
-from agentqd.loops.sinkrunner import SinkRunner
 from agentqd.sinks.base import Deferred, Delivered, Delivery, Disabled, Rejected
 from agentqd.storage import outbox
 
 from .harness import Bench
-from .test_delivery import Script, _put, _running, _state, _wait
+from .test_delivery import Script, _put, _running, _wait
 
 LIFETIME = Duration(10**6)
 PLAIN = Sink(type="command", command=["x"], backoff=Backoff((10.0,), doubles=True), lifetime=LIFETIME)
@@ -344,7 +343,7 @@ async def test_a_disabled_sink_stays_so_over_a_restart_and_an_edit_releases_its_
     await _put(bench, "d2", "d3")
     await bench.do(lambda tx: outbox.change_row(tx, 3, "s", RowEvent.HELD, due_at=None))
     held = await bench.rows("SELECT entry_seq FROM outbox WHERE state = 'held' AND sink = 's'")
-    loop, task = await _loop(bench, plug)
+    _, task = await _loop(bench, plug)
     await until_states(bench, held=3)
     assert len(plug.seen) == 1
     assert len(held) == 2

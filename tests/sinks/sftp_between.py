@@ -20,7 +20,6 @@ with open(os.path.join(sys.argv[1], "between")) as file:
     base = file.read().strip()
 renames: dict[int, str] = {}
 syncs: set[int] = set()
-written = 0
 
 
 def mode() -> str:
@@ -58,8 +57,7 @@ def text_at(packet: bytes, at: int) -> tuple[bytes, int]:
 
 
 def upwards() -> None:
-    global written
-    hanging = False
+    hanging, written = False, 0
     for packet in packets(0):
         kind, now = packet[4], mode()
         if now == "crashing":
