@@ -74,6 +74,7 @@ class SinkRunner:
         self._breaker = Breaker()
         self._kept = SinkMemory()  # as the journal has it
         self._under_way = 0
+        self._waits_for_send = False  # the end of a send may let another begin
         self._chores: dict[
             str, Callable[[Transaction], int]
         ] = {}  # moves of many rows, some hundred a commit
@@ -157,11 +158,13 @@ class SinkRunner:
     # What may be sent, and when to look again.
 
     def _may_send(self) -> bool:
-        return (
+        may = (
             self.disabled is None
             and self._under_way < self._pace.limit
             and self._breaker.allows(self.box.clock.monotonic_s(), self._under_way)
         )
+        self._waits_for_send = not may
+        return may
 
     async def _next_batch(self) -> list[DueRow]:
         await self.backlog.refill()
@@ -248,7 +251,8 @@ class SinkRunner:
             outcomes = await send(self._sink, self.name, batch, self.box.log)
         finally:
             self._under_way -= 1
-            self.kick.set()
+            if self._waits_for_send:
+                self.kick.set()
         self._tell_notices()
         now = self.box.clock.now_us()
         marks = [
@@ -286,6 +290,7 @@ class SinkRunner:
         if disabled is not None:
             self.disabled = self.disabled or disabled
             self._hold_all()
+        self.kick.set()
         if self._breaker.state is BreakerState.OPEN:
             self._rest(now)
         elif was is not BreakerState.CLOSED:
