@@ -326,7 +326,10 @@ class SinkRunner:
         if error is not None and not isinstance(error, JournalError):
             self.box.log.error("unit_failed", sink=self.name, error=repr(error))
             self.backlog.look()
-        if self._ordered or error is not None or any(m.event is RowEvent.DEFERRED for m in marks):
+        if self.disabled is not None:  # it was under way when the sink was disabled
+            self._hold_all()
+            self.kick.set()
+        elif self._ordered or error is not None or any(m.event is RowEvent.DEFERRED for m in marks):
             self.kick.set()
 
     def _tell_notices(self) -> None:

@@ -226,7 +226,9 @@ class SshSink:
         size = (await file.stat()).size or 0
         if size and cast("bytes", await file.read(1, size - 1)) != b"\n":
             line = b"\n" + line
-        await file.write(line)
+        await file.write(
+            line, size
+        )  # OpenSSH appends whatever the offset; a server that does not must not overwrite
         await file.fsync()
         await file.close()
         if size == 0:

@@ -353,6 +353,18 @@ async def test_a_disabled_sink_stays_so_over_a_restart_and_an_edit_releases_its_
     await _end(task)
 
 
+async def test_what_was_under_way_when_the_sink_was_disabled_is_held_too(bench: Bench, plug: Script) -> None:
+    _, task = await _loop(bench, plug)
+    plug.gate.clear()
+    plug.answers = [gone, later, lambda b: [Delivered()]]
+    await _put(bench, "d1", "d2", "d3")
+    await bench.until(lambda: plug.under_way == 3)
+    plug.gate.set()
+    await until_states(bench, held=2, delivered=1)
+    assert [row for row in await bench.rows("SELECT last_error FROM outbox WHERE state = 'held'") if "disabled" not in row[0]] == []  # fmt: skip
+    await _end(task)
+
+
 async def test_rows_that_a_person_holds_or_drops_are_not_sent_from_memory(bench: Bench, plug: Script) -> None:
     plug.concurrency = 1
     plug.gate.clear()

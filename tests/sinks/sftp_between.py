@@ -2,7 +2,8 @@
 
     python sftp_between.py FOLDER    FOLDER/between holds the folder of the test; its file `mode` the condition.
 
-It notes in `received` the delivery id of each file that was renamed into place, when the server says so.
+It notes in `received` the delivery id of each file that was renamed into place, when the server says so, and in `operations`
+what was asked for, in order.
 """
 
 import os
@@ -12,7 +13,8 @@ import subprocess
 import sys
 import threading
 
-OPEN, WRITE, EXTENDED, STATUS = 3, 6, 200, 101
+OPEN, CLOSE, WRITE, REMOVE, EXTENDED, STATUS = 3, 4, 6, 13, 200, 101
+NAMES = {OPEN: "open", CLOSE: "close", WRITE: "write", REMOVE: "remove"}
 server = subprocess.Popen(
     ["/usr/lib/openssh/sftp-server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
 )
@@ -83,8 +85,11 @@ def upwards() -> None:
             )
             send(1, struct.pack(">I", len(body)) + body)
             continue
+        if kind in NAMES:
+            note("operations", NAMES[kind])
         if kind == EXTENDED:
             what, at = text_at(packet, 9)
+            note("operations", what.decode().partition("@")[0])
             if what == b"posix-rename@openssh.com":
                 renames[number] = os.path.basename(text_at(packet, text_at(packet, at)[1])[0].decode())
             elif what == b"fsync@openssh.com":
