@@ -117,7 +117,7 @@ SWITCHES: tuple[Switch, ...] = (
     _switch(50, "outbox::delivery_goes_on_after_its_worker_has_timed_out", *NO_RETRY_TIMER),
     _switch(51, "clocks::a_deadline_ends_the_whole_tree_and_what_it_had_is_delivered", "loops/evidence.py", "tail = _tail(asked, problems)", 'tail = ""'),
     _switch(52, "outbox::an_entry_is_delivered_while_its_worker_goes_on outbox::two_of_four_replies_survive_the_sigkill_of_their_worker", "loops/handover.py", "            if not live.ended:\n", "            if live.ended:\n"),
-    _switch(53, "outbox::a_daemon_killed_in_mid_batch_picks_up_where_it_stopped", "storage/outbox.py", "o.state IN ('pending','delivering','retryable') AND o.due_at <= ?", "o.state IN ('pending','delivering','retryable','delivered') AND coalesce(o.due_at, 0) <= ?"),
+    _switch(53, "outbox::a_daemon_killed_in_mid_batch_picks_up_where_it_stopped", "storage/outbox.py", "state IN ('pending','delivering','retryable') AND due_at <= ?", "state IN ('pending','delivering','retryable','delivered') AND coalesce(due_at, 0) <= ?"),
     _switch(54, "outbox::a_hundred_pending_entries_drain_by_themselves_when_the_sink_is_up_again", *NO_RETRY_TIMER),
     _switch(55, "outbox::a_malformed_entry_among_good_ones_is_set_aside_told_and_blocks_nothing", "loops/dropfolder.py", "broken = item.broken or _self_address_problem(item, box, task, attempt)", "broken = item.broken"),
     _switch(56, "outbox::a_retried_task_that_writes_the_same_reply_again_sends_it_once", "loops/dropfolder.py", 'entry_id = delivery_id(box.state_id, task.id, task.run, "entry", item.key)', 'entry_id = delivery_id(box.state_id, task.id, task.run, "entry", f"{item.key}{attempt}")'),
@@ -159,7 +159,7 @@ def broken_tree(switch: Switch) -> Iterator[Path]:
         shutil.copytree(ROOT / "agentqd", copy / "agentqd")
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "tests" / "mission", copy / "tests" / "mission", ignore=ignored)
-        for file in ("tests/conftest.py", "tests/realbox.py", "pyproject.toml"):
+        for file in ("tests/conftest.py", "tests/realbox.py", "tests/realsshd.py", "pyproject.toml"):
             shutil.copy(ROOT / file, copy / file)
         for each in switch.breaks:
             path = copy / each.file
