@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from agentqd.storage.journal import connect, migrate
+from agentqd.storage.connection import connect, migrate
 from benchmarks.box import PARKED, bench_box, task_lines
 from benchmarks.measure import Row
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,6 +17,13 @@ MakeBox = Callable[..., RealBox]
 
 # Tests with these marks may be skipped on a person's machine, with a reason. In CI they must run.
 MUST_RUN_IN_CI = ("root", "sshd", "systemd", "image")
+
+
+def pytest_configure() -> None:
+    """A suite started in the background (`sh -c '... &'`) inherits an ignored SIGINT, and would hand it on to every program
+    that it interrupts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,7 +15,8 @@ from agentqd.control.route import Call, Route, answer
 from agentqd.core.errors import AgentqError, InvalidTask, RefusedForNow
 from agentqd.core.lifecycle import WAITING_STATES
 from agentqd.core.limits import KIB
-from agentqd.loops.admission import Accepted, Candidate, Duplicate, Outcome, admit, prepare
+from agentqd.loops.admission import Accepted, Duplicate, Outcome, admit
+from agentqd.loops.preparing import Candidate, prepare
 from agentqd.storage.transaction import Transaction
 
 _SMALL_BYTES: Final = 64 * KIB

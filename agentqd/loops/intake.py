@@ -19,9 +19,10 @@ from agentqd.core.errors import AgentqError, InvalidTask, JournalError, WriteCon
 from agentqd.core.lines import Line, split_glued
 from agentqd.core.routing import COMPLETIONS, REJECTED
 from agentqd.core.units import format_time
-from agentqd.loops.admission import Accepted, Candidate, Outcome, admit, prepare
+from agentqd.loops.admission import Accepted, Outcome, admit
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
+from agentqd.loops.preparing import Candidate, prepare
 from agentqd.storage import outbox, sources
 from agentqd.storage.queuefile import Chunk, Notice, Position
 from agentqd.storage.queuefolder import QueueFolder

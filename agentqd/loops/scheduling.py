@@ -80,7 +80,7 @@ class Scheduler:
         ]
         if not names:
             return
-        running = store.active_counts(tx)
+        running = tx.numbers.active.copy()
         free = box.max_workers - sum(running.values())
         if free <= 0:
             return

@@ -14,10 +14,10 @@ from agentqd.core.resolve import resolve
 from agentqd.core.task import TaskRequest, content_digest, prompt_digest, read_task
 from agentqd.core.units import format_duration
 from agentqd.core.waking import next_wake_us, wake_times
-from agentqd.loops.admission import PROMPT_LOOK_AGAIN_US, prompt_roots
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box, Signal
 from agentqd.loops.finishing import finish_waiting, settle
+from agentqd.loops.preparing import PROMPT_LOOK_AGAIN_US, prompt_roots
 from agentqd.storage import tasks as store
 from agentqd.storage.prompts import Missing, read_prompt
 from agentqd.storage.tasks import TaskRow

@@ -27,6 +27,10 @@ _ADD_TASK_COUNT: Final = (
 _ADD_OUTBOX_COUNT: Final = (
     "INSERT INTO outbox_counts (sink, state, n) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n"
 )
+_ACTIVE_COUNTS: Final = (
+    "SELECT queue, count(*) FROM tasks WHERE state IN ('running', 'stopping') GROUP BY queue"
+)
+_ACTIVE_STATES: Final = frozenset({"running", "stopping"})
 _GENESIS: Final = bytes(32)
 _PARKED: Final = frozenset({"held", "dropped"})
 
@@ -38,15 +42,16 @@ def event_hash(previous: bytes, seq: int, at: int, task: str | None, event: str,
 
 
 class Numbers:
-    """The next seq of each numbered table and the head of the event chain: moved by commits only."""
+    """The next seq of each numbered table, the head of the event chain, and how many tasks of each queue are running or
+    stopping: moved by commits only."""
 
-    __slots__ = ("entry", "event", "head", "task")
+    __slots__ = ("active", "entry", "event", "head", "task")
 
-    def __init__(self, task: int, entry: int, event: int, head: bytes) -> None:
-        self.task, self.entry, self.event, self.head = task, entry, event, head
+    def __init__(self, task: int, entry: int, event: int, head: bytes, active: dict[str, int]) -> None:
+        self.task, self.entry, self.event, self.head, self.active = task, entry, event, head, active
 
     def copy(self) -> Numbers:
-        return Numbers(self.task, self.entry, self.event, self.head)
+        return Numbers(self.task, self.entry, self.event, self.head, self.active.copy())
 
     @classmethod
     def load(cls, connection: sqlite3.Connection) -> Numbers:
@@ -66,7 +71,8 @@ class Numbers:
         ).fetchone()
         head = bytes(row[0]) if row else bytes(checkpoint[0]) if checkpoint else _GENESIS
         event = max(newest("events", "event_seq"), int(kept.get("chain_checkpoint_seq", 0)))
-        return cls(newest("tasks", "task_seq"), newest("entries", "entry_seq"), event, head)
+        active = {queue: int(n) for queue, n in connection.execute(_ACTIVE_COUNTS)}
+        return cls(newest("tasks", "task_seq"), newest("entries", "entry_seq"), event, head, active)
 
 
 class Transaction:
@@ -134,6 +140,9 @@ class Transaction:
 
     def count_task(self, queue: str, state: str, result: str | None, change: int) -> None:
         self._task_counts.append((queue, state, result or "", change))
+        if state in _ACTIVE_STATES:
+            active = self.numbers.active
+            active[queue] = active.get(queue, 0) + change
 
     def count_outbox(self, sink: str, state: str, change: int) -> None:
         self._outbox_counts.append((sink, state, change))

@@ -16,7 +16,7 @@ from agentqd.supervisor.child import Child, Ended, Hooks, Program, launch
 from agentqd.supervisor.clocks import AttemptClocks
 from agentqd.supervisor.context import Context
 from agentqd.supervisor.deadlines import Timer
-from agentqd.supervisor.folder import AttemptFolder, Started, make_folder, mark_started
+from agentqd.supervisor.folder import AttemptFolder, Started, make_folder, mark_started, write_started
 from agentqd.supervisor.limits import OUTPUT_POLL_MIN_S
 from agentqd.supervisor.output import OutputCap, SignsOfLife
 from agentqd.supervisor.spawn import SpawnError
@@ -110,7 +110,9 @@ class Attempt:
             raise StartError(f"cannot make the folder {run.folder}: {problem}") from problem
         failpoint("folder_made")
         try:
-            mark_started(folder, Started(context.instance, context.boot_id, self.started_at))
+            if folder.started_fd >= 0:
+                write_started(folder, Started(context.instance, context.boot_id, self.started_at))
+            mark_started(folder)
         except OSError as problem:
             folder.close()
             raise StartError(f"cannot create {run.folder}/started: {problem}") from problem

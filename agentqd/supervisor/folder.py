@@ -3,8 +3,11 @@
 States of tasks/ID/attempt-N, and the operation that moves from one to the next:
 1. absent; perhaps a `.attempt-N.tmp-XXXX` of a crash beside it, which is removed when the task's folder is next used
 2. whole, without `started`       after rename(2) of the temporary folder; nothing was ever run in it: it is made anew
-3. with `started`                 after open(O_EXCL); from this instant on it may have been run and never runs again
+3. with `started`                 after renameat2(NOREPLACE) of `.started`; from now on it may have been run and never runs again
 4. with `exit.json`               after rename(2) of the temporary file; the whole tree is gone
+
+`started` is a file that was there before under another name because a new inode is the dearest thing between a line and its
+worker (measured on ext4 from idle: 0.75 ms, a rename 0.07 ms); RENAME_NOREPLACE is as exclusive as O_EXCL.
 """
 
 from __future__ import annotations
@@ -19,14 +22,16 @@ import msgspec
 
 from agentqd.core.limits import TASK_ID_CHARS_MAX
 from agentqd.system.fsops import (
-    create_file_at,
     open_folder_at,
     read_file_at,
     remove_tree_at,
+    rename_new_at,
+    write_all,
 )
 
 _TASK: Final = re.compile(rf"[A-Za-z0-9_-]{{1,{TASK_ID_CHARS_MAX}}}")
-_APPEND: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+_NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+_NOT_YET_STARTED: Final = ".started"
 STARTED_BYTES_MAX: Final = 4096
 
 
@@ -48,20 +53,20 @@ class AlreadyStartedError(Exception):
 
 
 class AttemptFolder:
-    """The open descriptors of one attempt's folder. `close` is safe to call twice."""
+    """The open descriptors of one attempt's folder. `close` is safe to call twice. `prompt_fd` and `started_fd` are open
+    until their files have their content."""
 
-    __slots__ = ("fd", "stderr_fd", "stdout_fd")
+    __slots__ = ("fd", "prompt_fd", "started_fd", "stderr_fd", "stdout_fd")
 
-    def __init__(self, fd: int, stdout_fd: int, stderr_fd: int) -> None:
+    def __init__(self, fd: int) -> None:
         self.fd = fd
-        self.stdout_fd = stdout_fd
-        self.stderr_fd = stderr_fd
+        self.prompt_fd = self.started_fd = self.stdout_fd = self.stderr_fd = -1
 
     def close(self) -> None:
-        for fd in (self.fd, self.stdout_fd, self.stderr_fd):
+        for fd in (self.fd, self.prompt_fd, self.started_fd, self.stdout_fd, self.stderr_fd):
             if fd >= 0:
                 os.close(fd)
-        self.fd = self.stdout_fd = self.stderr_fd = -1
+        self.fd = self.prompt_fd = self.started_fd = self.stdout_fd = self.stderr_fd = -1
 
 
 def check_name(task: str, attempt: int, folder: str, state_folder: str) -> None:
@@ -83,8 +88,9 @@ def make_folder(tasks_fd: int, task: str, attempt: int, prompt: str | None) -> A
         if not is_new:
             _clear_for(task_fd, name)
         try:
-            folder = fill(task_fd, temporary, prompt)
+            folder = fill(task_fd, temporary, with_prompt=prompt is not None)
             try:
+                write_prompt(folder, prompt)
                 os.rename(temporary, name, src_dir_fd=task_fd, dst_dir_fd=task_fd)
             except BaseException:
                 folder.close()
@@ -98,9 +104,29 @@ def make_folder(tasks_fd: int, task: str, attempt: int, prompt: str | None) -> A
         os.close(task_fd)
 
 
-def mark_started(folder: AttemptFolder, started: Started) -> None:
+def write_started(folder: AttemptFolder, started: Started) -> None:
+    """Its content, still under the other name: nothing may be run yet. Once for a folder."""
+    write_all(folder.started_fd, msgspec.json.encode(started) + b"\n")
+    os.close(folder.started_fd)
+    folder.started_fd = -1
+
+
+def mark_started(folder: AttemptFolder) -> None:
     """State 2 -> state 3. Raises FileExistsError if someone else did it first: then it must not be run."""
-    create_file_at("started", folder.fd, msgspec.json.encode(started) + b"\n")
+    rename_new_at(_NOT_YET_STARTED, "started", folder.fd)
+
+
+def write_prompt(folder: AttemptFolder, prompt: str | None) -> None:
+    """The prompt file, or none. Once for a folder, before it stands in its place."""
+    if folder.prompt_fd < 0:
+        assert prompt is None, "a folder without a prompt file for a task with a prompt"
+        return
+    if prompt is not None:
+        write_all(folder.prompt_fd, prompt.encode(errors="surrogatepass"))
+    else:
+        os.unlink("prompt", dir_fd=folder.fd)
+    os.close(folder.prompt_fd)
+    folder.prompt_fd = -1
 
 
 def read_started(folder_fd: int) -> Started | None:
@@ -146,17 +172,18 @@ def _exists(name: str, folder_fd: int) -> bool:
     return True
 
 
-def fill(task_fd: int, temporary: str, prompt: str | None) -> AttemptFolder:
-    """A whole attempt folder under a name of its own. Raises OSError, leaving what it made."""
+def fill(task_fd: int, temporary: str, *, with_prompt: bool) -> AttemptFolder:
+    """A whole attempt folder under a name of its own, with files still empty. Raises OSError, leaving what it made."""
     os.mkdir(temporary, 0o700, dir_fd=task_fd)
-    folder = AttemptFolder(open_folder_at(temporary, task_fd), -1, -1)
+    folder = AttemptFolder(open_folder_at(temporary, task_fd))
     try:
         os.mkdir("outbox", 0o700, dir_fd=folder.fd)
         os.mkdir("work", 0o700, dir_fd=folder.fd)
-        if prompt is not None:
-            create_file_at("prompt", folder.fd, prompt.encode(errors="surrogatepass"))
-        folder.stdout_fd = os.open("stdout", _APPEND, 0o600, dir_fd=folder.fd)
-        folder.stderr_fd = os.open("stderr", _APPEND, 0o600, dir_fd=folder.fd)
+        if with_prompt:
+            folder.prompt_fd = os.open("prompt", _NEW, 0o600, dir_fd=folder.fd)
+        folder.started_fd = os.open(_NOT_YET_STARTED, _NEW, 0o600, dir_fd=folder.fd)
+        folder.stdout_fd = os.open("stdout", _NEW | os.O_APPEND, 0o600, dir_fd=folder.fd)
+        folder.stderr_fd = os.open("stderr", _NEW | os.O_APPEND, 0o600, dir_fd=folder.fd)
     except BaseException:
         folder.close()
         raise

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from agentqd import __version__
 from agentqd.core.errors import EXIT_OK, AgentqError
 from agentqd.core.folders import Folders, choose_folders
+from agentqd.storage.lock import take_lock
 from agentqd.storage.state_id import load_state_id
 from agentqd.supervisor.context import Context
 from agentqd.supervisor.deadlines import Deadlines
 from agentqd.supervisor.limits import LINGER_S
 from agentqd.supervisor.logs import StderrLog
-from agentqd.supervisor.places import bind_socket, make_folders, take_lock
+from agentqd.supervisor.places import bind_socket, make_folders
 from agentqd.supervisor.procfs import boot_id
 from agentqd.supervisor.ready import ReadyFolders
 from agentqd.supervisor.spawn import seal_descriptors
@@ -52,7 +53,7 @@ def _serve(folders: Folders, options: Options) -> int:
     os.chdir("/")
     clock = SystemClock()
     tasks_fd = make_folders(folders)
-    lock_fd = take_lock(folders.supervisor_lock)
+    lock_fd = take_lock(folders.supervisor_lock, "supervisor")
     state_id = load_state_id(folders.state_id)
     _become_subreaper()
     context = Context(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import socket
 
@@ -23,25 +21,6 @@ def make_folders(folders: Folders) -> int:
         raise StateFolderError(
             f"cannot use {problem.filename or folders.state}: {problem.strerror}"
         ) from problem
-
-
-def take_lock(path: str) -> int:
-    """Hold the lock as long as the descriptor is open. Raises StateFolderError naming the pid that holds it."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as problem:
-        raise StateFolderError(f"cannot open {path}: {problem.strerror}") from problem
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as problem:
-        holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
-        os.close(fd)
-        if problem.errno not in (errno.EAGAIN, errno.EACCES):
-            raise StateFolderError(f"cannot lock {path}: {problem.strerror}") from problem
-        raise StateFolderError(f"another supervisor (pid {holder}) holds {path}", pid=holder) from problem
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, b"%d\n" % os.getpid(), 0)
-    return fd
 
 
 def bind_socket(path: str) -> socket.socket:

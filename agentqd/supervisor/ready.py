@@ -1,7 +1,7 @@
-"""Task folders made in advance, while nothing else is to be done: STATE/.ready/XXXX/attempt-1/{outbox/,work/,stdout,stderr}.
+"""Task folders made in advance, while nothing else is to be done: STATE/.ready/XXXX/attempt-1/{outbox/,work/,prompt,.started,
+stdout,stderr}.
 
-Making a folder takes four mkdirs and two creates, here half a millisecond between a line and its worker; taking a ready one takes
-a rename. It stays all or nothing: the prompt is written before the rename that makes the whole folder appear in its place.
+Making a folder takes eight new inodes between a line and its worker; taking a ready one takes a rename. It stays all or nothing: the prompt is written before the rename that makes the whole folder appear in its place.
 What a crash leaves here was never run; it is removed at the next start.
 """
 
@@ -11,9 +11,9 @@ import contextlib
 import os
 
 from agentqd.supervisor.context import Context
-from agentqd.supervisor.folder import AttemptFolder, fill
+from agentqd.supervisor.folder import AttemptFolder, fill, write_prompt
 from agentqd.supervisor.limits import READY_FOLDERS, READY_PAUSE_S
-from agentqd.system.fsops import create_file_at, open_folder_at, remove_tree_at
+from agentqd.system.fsops import open_folder_at, remove_tree_at
 
 _FIRST = "attempt-1"
 
@@ -44,8 +44,7 @@ class ReadyFolders:
         name, folder = self._stock.pop()
         self.refill_soon()
         try:
-            if prompt is not None:
-                create_file_at("prompt", folder.fd, prompt.encode(errors="surrogatepass"))
+            write_prompt(folder, prompt)
             os.rename(name, task, src_dir_fd=self._fd, dst_dir_fd=self._context.tasks_fd)
         except (OSError, ValueError):
             folder.close()
@@ -66,7 +65,7 @@ class ReadyFolders:
             os.mkdir(name, 0o700, dir_fd=self._fd)
             outer = open_folder_at(name, self._fd)
             try:
-                folder = fill(outer, _FIRST, None)
+                folder = fill(outer, _FIRST, with_prompt=True)
             finally:
                 os.close(outer)
         except OSError:

@@ -28,9 +28,11 @@ from agentqd.supervisor.exitfile import read_exit, write_exit
 from agentqd.supervisor.folder import (
     AlreadyStartedError,
     AttemptFolder,
+    Started,
     check_name,
     make_folder,
     read_started,
+    write_started,
 )
 from agentqd.supervisor.limits import DEFERRED_RUNS_MAX, EXIT_FILE_RETRY_S
 from agentqd.supervisor.wire import NOT_STARTED, OTHER_INSTANCE, Clocks, Exited, Run, Running
@@ -108,10 +110,14 @@ class Registry:
             folder = self._context.take_ready(run.task, run.prompt) if run.attempt == 1 else None
             if folder is None:
                 folder = make_folder(self._context.tasks_fd, run.task, run.attempt, run.prompt)
+            context = self._context
+            write_started(folder, Started(context.instance, context.boot_id, context.clock.now_us()))
         except AlreadyStartedError as found:
             os.close(found.folder_fd)
         except (OSError, ValueError):
-            pass
+            if folder is not None:
+                folder.close()
+                folder = None
         self._held[key] = (run, received_s, folder)
 
     def survivors_changed(self) -> None:

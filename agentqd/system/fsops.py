@@ -17,6 +17,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = getattr(_libc, "fallocate64", _libc.fallocate)
 _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _fallocate.restype = ctypes.c_int
+_renameat2 = getattr(_libc, "renameat2", None)
+if _renameat2 is not None:
+    _renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    _renameat2.restype = ctypes.c_int
+_RENAME_NOREPLACE = 1
+_NO_NOREPLACE = frozenset({errno.ENOSYS, errno.EINVAL})
 _NO_HOLES = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
 
 
@@ -63,6 +69,21 @@ def replace_file_at(name: str, temporary: str, parent_fd: int, content: bytes) -
         os.unlink(temporary, dir_fd=parent_fd)
         create_file_at(temporary, parent_fd, content)
     os.rename(temporary, name, src_dir_fd=parent_fd, dst_dir_fd=parent_fd)
+
+
+def rename_new_at(old: str, new: str, parent_fd: int) -> None:
+    """Give `old` the name `new`, if that is free; one operation. Raises FileExistsError if it is taken, and changes nothing."""
+    code = errno.ENOSYS
+    if _renameat2 is not None:
+        if _renameat2(parent_fd, os.fsencode(old), parent_fd, os.fsencode(new), _RENAME_NOREPLACE) == 0:
+            return
+        code = ctypes.get_errno()
+    if code not in _NO_NOREPLACE:
+        raise OSError(code, os.strerror(code), new)
+    os.link(
+        old, new, src_dir_fd=parent_fd, dst_dir_fd=parent_fd, follow_symlinks=False
+    )  # as exclusive, in two steps
+    os.unlink(old, dir_fd=parent_fd)
 
 
 def read_file_at(name: str, parent_fd: int, bytes_max: int) -> bytes:

@@ -4,7 +4,8 @@ Invariants:
 1. A hint may be lost, doubled or late; `OVERFLOW` says that some were lost. Callers rescan slowly whatever comes.
 2. A watch stands on an inode, not on a path: after a folder was deleted or moved its hint has `gone`, and the caller
    adds the path again under the same label.
-3. Nothing here blocks, and one burst costs bounded memory: hints are merged by label and name.
+3. Nothing here blocks, and one burst costs bounded memory: hints are merged by label and name, and too many different
+   ones are an overflow.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ FOLDER_MASK: Final = int(
     | flags.DELETE_SELF | flags.MOVE_SELF
 )  # fmt: skip
 _GONE: Final = int(flags.DELETE_SELF | flags.MOVE_SELF | flags.UNMOUNT | flags.IGNORED)
+_PENDING_MAX: Final = 16_384  # as many as the kernel keeps by default (fs.inotify.max_queued_events)
 _SYSCTLS: Final = {
     errno.EMFILE: "fs.inotify.max_user_instances",
     errno.ENOSPC: "fs.inotify.max_user_watches",
@@ -98,7 +100,12 @@ class Inotify:
             inotify_simple._libc = ctypes.CDLL(None, use_errno=True)  # noqa: SLF001
         self._labels: dict[int, str] = {}
         self._watches: dict[str, int] = {}
-        self._waiting = False
+        self._pending: dict[tuple[str, str], int] = {}
+        self._lost = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = (
+            None  # the one that reads for us, from the first wait on
+        )
         try:
             self._inotify: inotify_simple.INotify | None = inotify_simple.INotify(nonblocking=True)
         except OSError as problem:
@@ -136,28 +143,47 @@ class Inotify:
 
     async def wait(self, timeout_s: float | None) -> Hints | Overflow:
         """What happened since the last call; empty after `timeout_s` without anything. One waiter at a time."""
-        assert not self._waiting, "two loops wait for the same inotify"
-        hints = self._drain()
-        if hints or self._inotify is None:
-            return hints or await NoInotify().wait(timeout_s)
-        self._waiting = True
+        assert self._waiter is None, "two loops wait for the same inotify"
+        if self._loop is None and self._inotify is not None:
+            self._begin(asyncio.get_running_loop())
+        if not (self._pending or self._lost):
+            if self._inotify is None:
+                return await NoInotify().wait(timeout_s)
+            await self._wait_for_any(timeout_s)
+        return self._take()
+
+    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Read from now on, whenever there is something."""
+        assert self._inotify is not None
+        self._read()
+        if self._inotify is not None:
+            loop.add_reader(self._inotify.fileno(), self._read)
+            self._loop = loop
+
+    async def _wait_for_any(self, timeout_s: float | None) -> None:
         loop = asyncio.get_running_loop()
-        readable: asyncio.Future[None] = loop.create_future()
-        fd = self._inotify.fileno()
-        loop.add_reader(fd, _wake, readable)
+        self._waiter = loop.create_future()
+        timer = None if timeout_s is None else loop.call_later(timeout_s, _wake, self._waiter)
         try:
-            async with asyncio.timeout(timeout_s):
-                await readable
-        except TimeoutError:
-            return frozenset()
+            await self._waiter
         finally:
-            self._waiting = False
-            loop.remove_reader(fd)
-        return self._drain()
+            self._waiter = None
+            if timer is not None:
+                timer.cancel()
+
+    def _take(self) -> Hints | Overflow:
+        if self._lost:
+            self._lost = False
+            self._pending.clear()
+            return OVERFLOW
+        taken, self._pending = self._pending, {}
+        return frozenset(Hint(label, name, mask) for (label, name), mask in taken.items())
 
     def close(self) -> None:
         """Give everything back. May be called twice."""
         if self._inotify is not None:
+            if self._loop is not None and not self._loop.is_closed():
+                self._loop.remove_reader(self._inotify.fileno())
             with contextlib.suppress(OSError):
                 self._inotify.close()
         self._inotify = None
@@ -172,21 +198,21 @@ class Inotify:
             with contextlib.suppress(OSError):  # the kernel has dropped it already
                 self._inotify.rm_watch(watch)
 
-    def _drain(self) -> Hints | Overflow:
+    def _read(self) -> None:
+        """What the kernel has for us, kept until the next `wait`; whoever waits is woken."""
         if self._inotify is None:
-            return frozenset()
+            return
         try:
             events = self._inotify.read(timeout=0)
         except BlockingIOError:
-            return frozenset()
+            return
         except (OSError, ValueError):  # the descriptor was taken from us: from now on only rescans
             self.close()
-            return OVERFLOW
-        merged: dict[tuple[str, str], int] = {}
-        lost = False
+            self._lost = True
+            events = []
         for event in events:
             if event.mask & flags.Q_OVERFLOW:
-                lost = True
+                self._lost = True
                 continue
             label = self._labels.get(event.wd)
             if label is None:
@@ -194,10 +220,12 @@ class Inotify:
             if event.mask & flags.IGNORED:
                 self._forget(event.wd)
             key = (label, event.name)
-            merged[key] = merged.get(key, 0) | event.mask
-        return (
-            OVERFLOW if lost else frozenset(Hint(label, name, mask) for (label, name), mask in merged.items())
-        )
+            self._pending[key] = self._pending.get(key, 0) | event.mask
+        if len(self._pending) > _PENDING_MAX:
+            self._lost = True
+            self._pending.clear()
+        if self._waiter is not None and (self._pending or self._lost):
+            _wake(self._waiter)
 
 
 def _wake(readable: asyncio.Future[None]) -> None:

@@ -17,11 +17,12 @@ from agentqd.core.folders import Folders
 from agentqd.core.outbox import RowEvent, RowState
 from agentqd.core.settings import Settings
 from agentqd.core.task import read_task
-from agentqd.loops.admission import admit, prepare
+from agentqd.loops.admission import admit
 from agentqd.loops.box import Box
 from agentqd.loops.delivery import DeliveryLoop
 from agentqd.loops.finishing import AttemptEnd, finish_attempt
 from agentqd.loops.intake import Intake
+from agentqd.loops.preparing import prepare
 from agentqd.loops.scheduling import Target
 from agentqd.loops.supervision import Supervision
 from agentqd.storage import tasks as store

@@ -156,18 +156,17 @@ def nothing_starts_before_the_claim_is_durable(seen: Seen) -> None:
     run = only(seen.daemon, "Run", said("run"))
     order = only(seen.daemon, "Go", said("go")) if '\\"hold\\":true' in run.text else run
     durable_before(seen.daemon, 0.0, order, "the order to start")
-    started = only(
-        seen.supervisor, "started", lambda call: call.name == "openat" and '"started"' in call.text
-    )
+    started = only(seen.supervisor, "started", is_started)
     durable_before(seen.daemon, 0.0, started, "the start")
 
 
+def is_started(call: Call) -> bool:
+    return call.name.startswith("rename") and '"started"' in call.text
+
+
 def started_is_exclusive_and_before_the_fork(seen: Seen) -> None:
-    started = only(
-        seen.supervisor, "started", lambda call: call.name == "openat" and '"started"' in call.text
-    )
-    assert "O_EXCL" in started.text
-    assert "O_CREAT" in started.text
+    started = only(seen.supervisor, "started", is_started)
+    assert "RENAME_NOREPLACE" in started.text
     fork = only(seen.supervisor, "the fork", lambda call: call.name in {"vfork", "clone", "clone3", "fork"})
     assert started.ended <= fork.began, "the fork came before `started`"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from agentqd.core.settings import Settings
-from agentqd.storage import journal
+from agentqd.storage import connection
 
 from .harness import Bench
 
@@ -14,7 +14,7 @@ from .harness import Bench
 @pytest.fixture(autouse=True)
 def cold_log(monkeypatch: pytest.MonkeyPatch) -> None:
     """Growing the log by 8 MiB at each start makes commits fast for days; here it only costs."""
-    monkeypatch.setattr(journal, "_WAL_WARM_BYTES", 4096)
+    monkeypatch.setattr(connection, "_WAL_WARM_BYTES", 4096)
 
 
 @pytest.fixture

@@ -13,11 +13,12 @@ from agentqd.core.envelope import data_of
 from agentqd.core.folders import Folders
 from agentqd.core.settings import Settings
 from agentqd.core.task import read_task
-from agentqd.loops.admission import Accepted, Outcome, admit, prepare
+from agentqd.loops.admission import Accepted, Outcome, admit
 from agentqd.loops.box import Box
 from agentqd.loops.dropfolder import Handed
 from agentqd.loops.evidence import Seen
 from agentqd.loops.finishing import AttemptEnd, Finished, finish_attempt
+from agentqd.loops.preparing import prepare
 from agentqd.loops.scheduling import Claim, Scheduler, Target
 from agentqd.storage import tasks as store
 from agentqd.storage.journal import Journal

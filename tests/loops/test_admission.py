@@ -8,7 +8,8 @@ import pytest
 
 from agentqd.core.errors import IdConflict, InvalidTask, WriteConflict
 from agentqd.core.settings import Defaults, Queue, Settings
-from agentqd.loops.admission import Accepted, Duplicate, admit, prepare
+from agentqd.loops.admission import Accepted, Duplicate, admit
+from agentqd.loops.preparing import prepare
 
 from .harness import FILE, SOCKET, Bench
 

@@ -79,7 +79,7 @@ SWITCHES: tuple[Switch, ...] = (
     _switch(12, "clocks::what_cannot_be_started_ends_as_spawn_failed_and_is_delivered", "core/verdict.py", "if ended.error is not None:", "if False:"),
     _switch(13, "consumers::an_offset_moves_forward_only_and_never_past_the_end", "control/completions.py", "mark = max(before[0] if before else 0, min(seq, queries.last_position(tx.connection)))", "mark = seq"),
     _switch(14, "restarts::a_worker_lost_with_its_supervisor_is_never_a_success_and_on_lost_says_what_follows", "loops/finishing.py", "return Verdict(Result.LOST, end.lost_reason", "return Verdict(Result.SUCCESS, end.lost_reason"),
-    _switch(15, "queue_file::the_same_line_twice_runs_once", "loops/admission.py", "return request.id, True", "return request.id + hashlib.sha256(place).hexdigest()[:4], True"),
+    _switch(15, "queue_file::the_same_line_twice_runs_once", "loops/preparing.py", "return request.id, True", "return request.id + hashlib.sha256(place).hexdigest()[:4], True"),
     _switch(16, "restarts::what_waits_outlives_both_sides", "loops/scheduling.py", "self.paused = frozenset(row[0] for row in rows)", "self.paused = frozenset()"),
     _switch(17, "consumers::enqueue_and_submit_work_while_the_daemon_is_off_and_pull_while_the_writer_is", "client/tasks.py", "queue.append([line])", "pass"),
     _switch(18, "queue_file::without_inotify_the_rescan_does_the_work", "loops/intake.py", "await self.inotify.wait(float(self.box.settings.limits.rescan_every))", "await self.inotify.wait(3600.0)"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from agentqd.storage import journal as module
+from agentqd.storage import connection as module
 from agentqd.storage.journal import Journal
 from agentqd.system.clock import ManualClock
 

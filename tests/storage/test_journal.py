@@ -420,7 +420,7 @@ async def test_no_two_events_read_alike_to_the_chain(journal: Journal) -> None:
 WRITER = """
 import asyncio, sys
 from agentqd.core.errors import JournalError
-from agentqd.storage import journal as module
+from agentqd.storage import connection as module
 from agentqd.storage.journal import Journal
 module._WAL_WARM_BYTES = 4096
 

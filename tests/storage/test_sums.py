@@ -17,7 +17,8 @@ from agentqd.core.outbox import TABLE as ROW_TABLE
 from agentqd.core.outbox import RowEvent, RowState, next_row_state
 from agentqd.storage import audit, outbox
 from agentqd.storage import tasks as store
-from agentqd.storage.journal import Journal, migrate
+from agentqd.storage.connection import migrate
+from agentqd.storage.journal import Journal
 from agentqd.storage.outbox import Mark, NewEntry
 from agentqd.storage.tasks import NewTask, StaleState
 from agentqd.storage.transaction import Numbers, Transaction
@@ -143,6 +144,13 @@ class Sums(RuleBasedStateMachine):
             ("SELECT sink, state, n FROM outbox_counts WHERE n", "SELECT sink, state, count(*) FROM outbox GROUP BY 1, 2"),
         ):  # fmt: skip
             assert Counter(self.connection.execute(kept).fetchall()) == Counter(self.connection.execute(walked).fetchall())  # fmt: skip
+
+    @invariant()
+    def active_tasks_are_counted_in_memory_too(self) -> None:
+        if hasattr(self, "connection"):
+            walked = self.connection.execute("SELECT queue, count(*) FROM tasks WHERE state IN ('running', 'stopping') GROUP BY 1")  # fmt: skip
+            kept = {queue: n for queue, n in self.numbers.active.items() if n}
+            assert kept == dict(walked.fetchall())
 
     @invariant()
     def the_chain_is_whole(self) -> None:

@@ -33,7 +33,7 @@ class Mutant:
 MUTANTS = (
     Mutant(
         "commits are not synced",
-        "agentqd/storage/journal.py",
+        "agentqd/storage/connection.py",
         "PRAGMA synchronous=FULL",
         "PRAGMA synchronous=OFF",
         "test_order.py::test_each_step_waits_for_the_one_before",
@@ -148,17 +148,16 @@ MUTANTS = (
     Mutant(
         "started is not exclusive",
         "agentqd/supervisor/folder.py",
-        '    create_file_at("started", folder.fd, msgspec.json.encode(started) + b"\\n")\n',
-        '    fd = os.open("started", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=folder.fd)\n'
-        '    os.write(fd, msgspec.json.encode(started) + b"\\n")\n    os.close(fd)\n',
+        '    rename_new_at(_NOT_YET_STARTED, "started", folder.fd)\n',
+        '    os.rename(_NOT_YET_STARTED, "started", src_dir_fd=folder.fd, dst_dir_fd=folder.fd)\n',
         "test_edges.py::test_edge_09_started_is_made_once_whoever_tries",
         "",
     ),
     Mutant(
         "started comes after the fork",
         "agentqd/supervisor/attempts.py",
-        "            mark_started(folder, Started(context.instance, context.boot_id, self.started_at))\n",
-        "            context.after(0.0, lambda: mark_started(folder, Started(context.instance, context.boot_id, self.started_at)))\n",
+        "            mark_started(folder)\n",
+        "            context.after(0.0, lambda: mark_started(folder))\n",
         "test_order.py::test_each_step_waits_for_the_one_before",
         "started",
     ),
