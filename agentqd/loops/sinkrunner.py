@@ -288,8 +288,7 @@ class SinkRunner:
         if disabled is None and self._breaker.state is was:
             return None
         if disabled is not None:
-            self.disabled = self.disabled or disabled
-            self._hold_all()
+            self.disabled = self.disabled or disabled  # its rows are held once this is in the journal
         self.kick.set()
         if self._breaker.state is BreakerState.OPEN:
             self._rest(now)

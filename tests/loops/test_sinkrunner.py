@@ -14,7 +14,7 @@ import pytest
 from agentqd.core.outbox import RowEvent
 from agentqd.core.settings import Alerts, Settings, Sink
 from agentqd.core.units import Backoff, Duration
-from agentqd.loops import sinkrunner
+from agentqd.loops import parking, sinkmemory, sinkrunner
 from agentqd.loops.delivery import DeliveryLoop
 from agentqd.sinks.base import Deferred, Delivered, Delivery, Disabled, Rejected
 from agentqd.storage import outbox
@@ -351,6 +351,15 @@ async def test_a_disabled_sink_stays_so_over_a_restart_and_an_edit_releases_its_
     bench.box.apply(Settings(sinks={"s": mended, "other": PLAIN}, alerts=bench.box.settings.alerts))
     await until_states(bench, held=1, delivered=2)
     await _end(task)
+
+
+async def test_a_sink_that_was_enabled_just_now_has_no_rows_held(bench: Bench, plug: Script) -> None:
+    """The hold may have been asked for before the person's word was in the journal."""
+    await _put(bench, "d1")
+    assert await bench.do(lambda tx: parking.hold_open(tx, "s", frozenset())) == 0
+    await bench.do(lambda tx: sinkmemory.save(tx, "s", SinkMemory(disabled="gone")))
+    assert await bench.do(lambda tx: parking.hold_open(tx, "s", frozenset({1}))) == 0
+    assert await bench.do(lambda tx: parking.hold_open(tx, "s", frozenset())) == 1
 
 
 async def test_what_was_under_way_when_the_sink_was_disabled_is_held_too(bench: Bench, plug: Script) -> None:
