@@ -16,6 +16,7 @@ from agentqd.core.settings import Alerts, Settings, Sink
 from agentqd.core.units import Backoff, Duration
 from agentqd.loops import parking, sinkmemory, sinkrunner
 from agentqd.loops.delivery import DeliveryLoop
+from agentqd.loops.sinkmemory import SinkMemory
 from agentqd.sinks.base import Deferred, Delivered, Delivery, Disabled, Rejected
 from agentqd.storage import outbox
 
