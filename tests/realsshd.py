@@ -22,13 +22,13 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import pytest
-
 from realbox import alive, wait_for
 
 SSHD = "/usr/sbin/sshd"
@@ -65,10 +65,19 @@ class Account(NamedTuple):
             f"--reuid={self.uid}",
             f"--regid={self.gid}",
             "--clear-groups",
+            *_may_read_the_interpreter(),
             "env",
             f"HOME={self.home}",
             f"USER={self.name}",
         ]
+
+
+def _may_read_the_interpreter() -> list[str]:
+    """An interpreter below a closed home (/root/.pyenv) is lent to the ordinary user, for reading only."""
+    closed = [
+        path for path in Path(os.path.realpath(sys.executable)).parents if not path.stat().st_mode & 0o001
+    ]
+    return ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"] if closed else []
 
 
 def current_account() -> Account:
@@ -349,6 +358,6 @@ def _penalties() -> list[str]:
     said = subprocess.run([SSHD, "-V"], capture_output=True, text=True, check=False)
     version = (said.stdout + said.stderr).partition("OpenSSH_")[2][:4].split("p")[0]
     with contextlib.suppress(ValueError):
-        if float(version) >= 9.8 or version.startswith("1"):  # noqa: PLR2004
+        if float(version) >= 9.8 or version.startswith("1"):
             return ["PerSourcePenalties no"]
     return []
