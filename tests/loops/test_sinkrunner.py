@@ -112,21 +112,43 @@ async def test_a_dead_receiver_rests_and_the_rows_that_wait_use_no_attempts(
 
 async def test_a_probe_goes_alone_and_then_it_is_slowly_up(bench: Bench, plug: Script) -> None:
     plug.concurrency = 20
-    plug.answers = [down] * 5
     async with _running(bench) as runner:
+        await many(bench, 40, start=1000)
+        await until_states(bench, delivered=40)
+        assert runner.health()["concurrency"] == 20
+        plug.answers = [down] * 5
         await _put(bench, *(f"d{n}" for n in range(5)))
-        await until_states(bench, retryable=5)
-        plug.gate.clear()
-        plug.most_under_way = 0
+        await until_states(bench, retryable=5, delivered=40)
+        assert runner.health()["concurrency"] == 15
+        gate = plug.gate = Turnstile()  # type: ignore[assignment]
         await many(bench, 50, start=10)
         _wait(bench, runner, 61)
-        await bench.until(lambda: plug.under_way == 1)
-        await asyncio.sleep(0.02)
-        assert plug.most_under_way == 1
-        assert runner.health()["breaker"] == "half_open"
-        plug.gate.set()
-        await until_states(bench, delivered=55)
+        before = len(plug.seen)
+        for done, most in enumerate(
+            (1, 1, 2, 3, 4)
+        ):  # the probe; then one at once, and one more for each success
+            await bench.until(lambda done=done, most=most: len(plug.seen) - before == done + most)
+            await asyncio.sleep(0.02)
+            assert plug.under_way == most
+            assert runner.health()["breaker"] == ("closed" if done else "half_open")
+            gate.let_through(1)
+        gate.let_through(1000)
+        await until_states(bench, delivered=95)
         assert runner.health()["concurrency"] == 20
+
+
+class Turnstile(asyncio.Semaphore):
+    """A gate that lets through so many."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    async def wait(self) -> None:
+        await self.acquire()
+
+    def let_through(self, count: int) -> None:
+        for _ in range(count):
+            self.release()
 
 
 async def test_a_restart_does_not_send_a_flood_to_a_receiver_that_was_down(
@@ -310,6 +332,32 @@ async def test_one_new_and_one_deferred_row_in_turn(bench: Bench, plug: Script) 
     assert sorted(set(order)) == sorted(order)
     turns = "".join(name[0] for name in order[1:41])
     assert turns in ("no" * 20, "on" * 20)
+
+
+async def test_a_row_that_comes_while_the_journal_is_read_is_sent_once(bench: Bench, plug: Script) -> None:
+    gate, begun, read = asyncio.Event(), asyncio.Event(), bench.journal.read
+    gate.set()
+
+    async def held_up(query: Any) -> Any:
+        if "Backlog" in query.__qualname__:
+            begun.set()
+            await gate.wait()
+        return await read(query)
+
+    bench.journal.read = held_up  # type: ignore[method-assign]
+    async with _running(bench) as runner:
+        await bench.until(begun.is_set)
+        await asyncio.sleep(0.01)
+        begun.clear()
+        gate.clear()
+        runner.offer([], look=True)
+        await bench.until(begun.is_set)
+        await _put(bench, "d1")  # comes as a new row, and this read will find it, too
+        gate.set()
+        await until_states(bench, delivered=1)
+        await _put(bench, "d2")
+        await until_states(bench, delivered=2)
+    assert sent(plug) == ["d1", "d2"]
 
 
 # A sink that is disabled.

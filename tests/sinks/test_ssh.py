@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -141,6 +144,48 @@ async def test_a_kept_connection_that_died_in_the_peers_sleep_costs_no_try(peer:
     between.pause(listener=False)
     assert isinstance(await one(sink, delivery(2)), Delivered)
     assert set(between.sessions()) - set(asleep)
+    await sink.close()
+    between.kill_sessions()
+
+
+@contextmanager
+def dropped(port: int) -> Iterator[None]:
+    """Every packet to and from this port of loopback is dropped: no answer, no refusal."""
+    rules = [["-i", "lo", "-p", "tcp", way, str(port), "-j", "DROP"] for way in ("--dport", "--sport")]
+    for rule in rules:
+        subprocess.run(["iptables", "-w", "-I", "INPUT", *rule], check=True)
+    try:
+        yield
+    finally:
+        for rule in rules:
+            subprocess.run(["iptables", "-w", "-D", "INPUT", *rule], check=True)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(shutil.which("iptables") is None, reason="needs iptables")
+async def test_dropped_packets_in_mid_transfer_and_at_login_hold_nobody_for_long(peer: SshAdapter, between: RealSshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    peer.step_s = 1.0
+    sink = sink_of(peer)
+    blob = tmp_path / "blob"
+    blob.write_bytes(os.urandom(30_000_000))
+    plain = delivery(1)
+    item = Delivery(**{**{f: getattr(plain, f) for f in Delivery.__struct_fields__}, "blob_path": str(blob)})
+    sending = asyncio.ensure_future(one(sink, item))
+    async with asyncio.timeout(20):
+        while not any(path.stat().st_size > 1_000_000 for path in peer.parts()):
+            assert not sending.done(), sending.result()
+            await asyncio.sleep(0.002)
+    with dropped(between.port), monkeypatch.context() as patched:
+        patched.setattr(sshlink, "LOGIN_S", 1.0)
+        began = time.monotonic()
+        for outcome in (await sending, await one(sink, item)):
+            assert isinstance(outcome, Deferred)
+            assert outcome.connection
+        assert time.monotonic() - began < 10
+    assert peer.received() == []
+    assert isinstance(await one(sink, item), Delivered)
+    assert peer.received() == ids([item])
+    assert peer.parts() == []
     await sink.close()
     between.kill_sessions()
 
@@ -347,7 +392,7 @@ async def test_nothing_is_seen_or_answered_before_it_is_on_the_disk(peer: SshAda
     sink = sink_of(peer)
     assert isinstance(await one(sink, delivery(1)), Delivered)
     (peer.base / "operations").unlink()
-    assert isinstance(await one(sink, delivery(2)), Delivered)
+    assert isinstance(await one(sink, delivery(2, padding=15_000)), Delivered)
     said = (peer.base / "operations").read_text().split()
     if peer.mode == "append":
         assert said == ["open", "write", "fsync", "close"], "one write"
@@ -412,6 +457,7 @@ async def test_a_server_that_cannot_fsync_is_not_believed(
 @pytest.fixture(autouse=True)
 def nothing_printed(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     yield
+    gc.collect()  # what was left open is told now, of this test
     out, err = capfd.readouterr()
     assert SECRET not in out + err
 

@@ -156,6 +156,24 @@ def test_a_changed_host_key_is_refused_told_and_mended_by_a_person(make_box: Mak
     assert peer.sshd.client_key.read_text()[40:80] not in box.log_text()
 
 
+def test_a_large_file_of_a_worker_reaches_the_laptop_whole(make_box: MakeBox, peer: Peer) -> None:
+    box = make_box(peer.config())
+    box.append(
+        {
+            "task": "work",
+            "id": "t0",
+            "prompt": "head -c 3000000 /dev/urandom | tee copy > $AGENTQ_OUTBOX/big.bin",
+        }
+    )
+    wait_for(
+        "result and entry",
+        lambda: len([path for path in peer.inbox.iterdir() if path.suffix == ".json"]) == 2,
+    )
+    (content,) = [path for path in peer.inbox.iterdir() if path.suffix == ".content"]
+    assert content.read_bytes() == (box.attempt_folder("t0") / "work" / "copy").read_bytes()
+    assert f"{content.stem}.json" in {path.name for path in peer.inbox.iterdir()}
+
+
 def test_rows_of_a_sink_that_was_taken_from_the_config_are_shown_and_sent_when_it_returns(make_box: MakeBox, peer: Peer) -> None:  # fmt: skip
     peer.sshd.stop()
     box = make_box(peer.config())
