@@ -13,6 +13,8 @@ from agentqd.cli.verb import where_options
 # Verb: what the list of verbs says. Its code is the file of its name in `verbs/`.
 VERBS: dict[str, str] = {
     "submit": "Hand over a task.",
+    "flush": "Send what waits in this machine's spool.",
+    "spool": "What waits here for a box that could not be reached.",
     "enqueue": "Append lines from stdin to the queue file; works with the daemon down.",
     "status": "What needs attention, what runs, what waits.",
     "list": "Tasks, newest first.",
@@ -33,6 +35,7 @@ VERBS: dict[str, str] = {
     "config": "Check and show the config.",
     "reload": "Read the config again now.",
     "doctor": "What is wrong with this box, and the command that mends it.",
+    "box": "The boxes that --box reaches over SSH.",
     "completion": "The shell's completion script.",
     "version": "The version of this program.",
 }
@@ -91,7 +94,7 @@ agentqctl = LazyGroup(
     ],
     callback=lambda **_options: None,
     help="Hand tasks to agentqd, watch them, take their results.\n\nExit codes: 0 done; 1 other; 2 usage; 65 invalid task; "
-    "66 no such task; 69 daemon unreachable; 75 refused for now; 77 not permitted.",
+    "66 no such task; 69 daemon or box unreachable; 75 refused for now; 77 not permitted.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     subcommand_metavar="VERB [ARGS]...",
 )

@@ -5,31 +5,81 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from agentqd.cli.output import Output
-from agentqd.client.box import Box, Where, local_box
+from agentqd.client.box import Box, Where, find_box
+from agentqd.client.boxname import ALL_BOXES
+from agentqd.core.errors import InvalidRequest
 
-WHERE_OPTIONS = ("socket", "state_dir", "runtime_dir")
+if TYPE_CHECKING:
+    from agentqd.client.spool import Spool
+
+LOCAL_OPTIONS = ("socket", "state_dir", "runtime_dir")
+WHERE_OPTIONS = (*LOCAL_OPTIONS, "box")
+BOX_VARIABLE = "AGENTQCTL_BOX"
 
 
 class Call:
     """One run of one verb."""
 
-    def __init__(self, where: Where, *, as_json: bool) -> None:
+    def __init__(self, where: Where, *, as_json: bool, out: Output | None = None) -> None:
         self.where = where
-        self.out = Output(as_json=as_json)
+        self.out = out or Output(as_json=as_json)
         self.as_json = as_json
+        self._bare_box: Box | None = None
         self._box: Box | None = None
 
     @property
     def box(self) -> Box:
-        """The daemon that this command is for; made at first use, reached at the first call."""
+        """The daemon that this command is for; made at first use, reached at the first call. What is spooled for it goes
+        first."""
         if self._box is None:
-            self._box = local_box(self.where, os.environ, os.getuid())
+            self._box = self.bare_box
+            if self.spool is not None and os.path.isdir(self.spool.folder):
+                from agentqd.cli.spooled import with_spool
+
+                self._box = with_spool(self, self.spool, self.bare_box)
         return self._box
+
+    @property
+    def bare_box(self) -> Box:
+        """The same, that leaves the spool alone."""
+        if self._bare_box is None:
+            self._bare_box = find_box(self.where, os.environ, os.getuid(), self.out.note)
+        return self._bare_box
+
+    @property
+    def spool(self) -> Spool | None:
+        """What waits here for the box; none for a daemon on this machine."""
+        if not self.where.box:
+            return None
+        from agentqd.client.spool import Spool
+        from agentqd.client.spoolfolder import spool_root
+
+        return Spool(spool_root(os.environ), self.where.box, self._check_known)
+
+    def _check_known(self) -> None:
+        """Raises NoSuchBox, ConfigError. Costs reading the config: only asked before something stays on this machine."""
+        from agentqd.client.boxes import find_box as entry_of
+        from agentqd.client.keeperplace import config_file
+
+        entry_of(config_file(os.environ), str(self.where.box))
+
+    def on_the_box(self, option: str, path: str, base: str | None = None) -> str:
+        """A path of the command line as the box knows it: absolute, from `base` or the caller's folder. With --box there is
+        no such folder, and the home there is not known while the box is away. Raises InvalidRequest."""
+        if not self.where.box:
+            return os.path.join(base or os.getcwd(), os.path.expanduser(path))
+        found = os.path.join(base or "", path)
+        if not found.startswith("/"):
+            raise InvalidRequest(
+                f"{option} {path}: with --box this is a path on the box, and it must be absolute (/...)",
+                field=option,
+            )
+        return found
 
 
 class Verb(click.Command):
@@ -37,8 +87,11 @@ class Verb(click.Command):
 
     takes_json = True
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
+    def __init__(self, *args: Any, all_boxes: str | None = None, **settings: Any) -> None:
         super().__init__(*args, **settings)
+        self._all_boxes = (
+            all_boxes  # how `--box all` answers in JSON: "object" by name, "lines" with the name in each
+        )
         if self.takes_json:
             self.params.append(
                 click.Option(["--json", "as_json"], is_flag=True, help="JSON on stdout, errors too.")
@@ -49,8 +102,13 @@ class Verb(click.Command):
         gc.enable()
         said = {name: ctx.params.pop(name) for name in WHERE_OPTIONS}
         outer = ctx.find_root().params
-        where = Where(**{name: said[name] or outer.get(name) for name in WHERE_OPTIONS})
-        ctx.params["call"] = Call(where, as_json=bool(ctx.params.pop("as_json", False)))
+        where = which_box({name: said[name] or outer.get(name) for name in WHERE_OPTIONS})
+        as_json = bool(ctx.params.pop("as_json", False))
+        if where.box == ALL_BOXES and self._all_boxes is not None:
+            from agentqd.cli.allboxes import run_on_all
+
+            return run_on_all(super().invoke, ctx, as_json=as_json, as_lines=self._all_boxes == "lines")
+        ctx.params["call"] = Call(where, as_json=as_json)
         return super().invoke(ctx)
 
 
@@ -60,9 +118,27 @@ class PlainVerb(Verb):
     takes_json = False
 
 
+def which_box(said: dict[str, str | None]) -> Where:
+    """The command line beats AGENTQCTL_BOX, and a socket or folder of this machine named there means this machine."""
+    here = [name for name in LOCAL_OPTIONS if said[name]]
+    if said["box"] and here:
+        option = "--" + here[0].replace("_", "-")
+        raise click.UsageError(
+            f"--box and {option}: give one ({option} is of this machine; a box's folders: box add)"
+        )
+    box = said["box"] if said["box"] is not None or here else os.environ.get(BOX_VARIABLE)
+    return Where(**{**said, "box": box or None})
+
+
 def where_options(*, hidden: bool) -> list[click.Parameter]:
     """Which daemon. Shown in the help of `agentqctl` itself, understood after every verb too."""
     return [
+        click.Option(
+            ["--box"],
+            metavar="NAME",
+            hidden=hidden,
+            help="A box of `agentqctl box list`, over SSH (AGENTQCTL_BOX).",
+        ),
         click.Option(
             ["--socket"], metavar="PATH", hidden=hidden, help="The daemon's control socket (AGENTQD_SOCKET)."
         ),
@@ -105,9 +181,10 @@ class TaskId(click.types.StringParamType):
         from click.shell_completion import CompletionItem
 
         outer = ctx.find_root().params
-        box = local_box(Where(**{name: outer.get(name) for name in WHERE_OPTIONS}), os.environ, os.getuid())
-        box.connection.timeout_s = 2.0
         try:
+            where = which_box({name: ctx.params.get(name) or outer.get(name) for name in WHERE_OPTIONS})
+            box = find_box(where, os.environ, os.getuid(), lambda _text: None)
+            box.connection.timeout_s = 2.0
             tasks = box.connection.get("tasks", query={"limit": 200})["tasks"]
         except Exception:  # noqa: BLE001 - pressing Tab never fails: no daemon, no proposals
             return []

@@ -1,18 +1,19 @@
 """Which daemon a command speaks to. A `Box` is all that a verb gets: calls, and the way in without a daemon.
 
-`--box NAME` (over SSH) will be another function that makes a `Box`: its own transport, its own `append`.
+`local_box` is a daemon on this machine, `remote_box` one over SSH (docs/laptop.md).
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from agentqd.client.channel import UnixTransport
 from agentqd.client.connection import Connection
-from agentqd.client.queuefile import QueueFile
-from agentqd.core.errors import AgentqError, Unreachable
+from agentqd.client.queuefile import Queue, QueueFile
+from agentqd.core.errors import AgentqError, InvalidRequest, Unreachable
 from agentqd.core.folders import Folders, choose_folders
 
 RECONNECT_S = 60.0
@@ -23,11 +24,12 @@ class Box(NamedTuple):
     """One box as a client sees it."""
 
     connection: Connection
-    queue: Callable[[], QueueFile]  # raises Unreachable when no state folder is known for this socket
-    folders: Callable[[], Folders]  # the same
+    queue: Callable[[], Queue]  # raises Unreachable when no state folder is known for this socket
+    folders: Callable[[], Folders]  # the same; InvalidRequest for a box over SSH, whose folders are not here
     reconnect_s: float = RECONNECT_S  # how long `wait` and `logs -f` outlast an absent daemon
     consumer: str = CONSUMER_DEFAULT
     kept_in: str = "queue_file"  # `where` of a task that was taken without a daemon
+    name: str | None = None  # as the laptop's config calls it; None for this machine
 
 
 class Where(NamedTuple):
@@ -36,6 +38,42 @@ class Where(NamedTuple):
     socket: str | None = None
     state_dir: str | None = None
     runtime_dir: str | None = None
+    box: str | None = None  # over SSH; then none of the others
+
+
+def find_box(where: Where, env: Mapping[str, str], uid: int, note: Callable[[str], None]) -> Box:
+    """The box that the command line means. Raises AgentqError."""
+    if where.box:
+        return remote_box(where.box, env, uid, note)
+    return local_box(where, env, uid)
+
+
+def remote_box(name: str, env: Mapping[str, str], uid: int, note: Callable[[str], None]) -> Box:
+    """A box of the laptop's config, over SSH. Nothing is connected before the first call."""
+    from agentqd.client.boxname import ALL_BOXES, check_box_name
+    from agentqd.client.clientid import client_id
+    from agentqd.client.errors import NoSuchBox
+    from agentqd.client.kept import Kept, RemoteQueue
+
+    if name == ALL_BOXES:
+        raise NoSuchBox("--box all goes with status, list and pull only; name one box")
+    try:
+        check_box_name(name)
+    except ValueError as error:
+        raise NoSuchBox(str(error)) from None
+    kept = Kept(name, env, uid, note)
+
+    def folders() -> Folders:
+        raise InvalidRequest(f"the folders of box {name} are not on this machine; run this on the box itself")
+
+    return Box(
+        Connection(kept),
+        lambda: RemoteQueue(kept),
+        folders,
+        reconnect_s=math.inf,
+        consumer=client_id(env),
+        name=name,
+    )
 
 
 def local_box(where: Where, env: Mapping[str, str], uid: int) -> Box:

@@ -1,6 +1,6 @@
-"""Bytes to and from one daemon. Today a Unix socket; over SSH it will be the pipes of a remote `agentqctl`.
+"""Bytes to and from one daemon: its Unix socket here; `kept.py` has the way over SSH.
 
-`Transport` is the seam for `--box`: whoever can open a `Channel` can carry every verb.
+`Transport` is the seam between the two: whoever can open a `Channel` can carry every verb.
 """
 
 from __future__ import annotations

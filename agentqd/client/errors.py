@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from agentqd.core import errors
-from agentqd.core.errors import AgentqError, Unreachable
+from agentqd.core.errors import AgentqError, NotPermitted, Unreachable
 
 
 class AnswerLost(Unreachable):
@@ -18,6 +18,26 @@ class BadAnswer(Unreachable):
     """Something answers there, but not an agentqd."""
 
     code = "bad_answer"
+
+
+class BoxUnreachable(Unreachable):
+    """The box itself cannot be reached (no route, no sshd, no answer): nothing was sent. Not an `Unreachable` proper,
+    which is a box without a daemon."""
+
+    code = "box_unreachable"
+
+
+class HostKeyRefused(NotPermitted):
+    """What answers at the box's address does not prove to be the box."""
+
+    code = "host_key_unknown"
+
+
+class NoSuchBox(AgentqError):
+    """`--box NAME` names none of the config."""
+
+    code = "no_such_box"
+    exit_code = errors.EXIT_USAGE
 
 
 _EXIT_BY_CODE = {

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from typing import Protocol
 
 from agentqd.core.errors import AgentqError, NotPermitted, RefusedForNow, StateFolderError
 from agentqd.core.folders import Folders
@@ -25,11 +26,30 @@ SHORT_WRITES_MAX = 5
 LINE_BYTES_USUAL_MAX = 1 * MIB  # the daemon's default limits.line_bytes_max; longer prompts go to prompts/
 
 
+class Queue(Protocol):
+    """The front door of one box: its queue file, on this machine or over SSH. Every method raises AgentqError."""
+
+    @property
+    def path(self) -> str:
+        """On the box, for people."""
+
+    @property
+    def line_bytes_max(self) -> int:
+        """What a line may have; a longer prompt goes to `put_prompt`."""
+
+    def append(self, lines: list[bytes]) -> None:
+        """Each line (without its newline) on a line of its own, all of them durable."""
+
+    def put_prompt(self, task_id: str, text: bytes) -> str:
+        """A payload, durable, by a rename; its path for `prompt_ref`."""
+
+
 class QueueFile:
     """The queue file of one state folder. Every method raises AgentqError with the path and what to do."""
 
     def __init__(self, folders: Folders) -> None:
         self.folders = folders
+        self.line_bytes_max = LINE_BYTES_USUAL_MAX
 
     @property
     def path(self) -> str:

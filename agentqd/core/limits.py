@@ -75,3 +75,7 @@ BREAKER_RATIO = 0.7  # of the last ten tries, within five minutes
 BREAKER_WINDOW_S = 300.0
 BREAKER_OPEN_S = 60.0
 BREAKER_OPEN_MAX_S = 900.0
+
+# The laptop's spool, for each box.
+SPOOL_ENTRIES_MAX = 10_000
+SPOOL_BYTES_MAX = 1024 * MIB

@@ -19,6 +19,10 @@ command = Family("config", help="Check and show the config.")
 @click.argument("file", required=False)
 def check(call: Call, file: str | None) -> int:
     """Check a config file; no daemon is needed. Exits 65 and names path, line and nearest key for each problem."""
+    if call.where.box and file is None:
+        raise click.UsageError(
+            f"the config of box {call.where.box} lies there: see `config show`, or name a FILE of this machine"
+        )
     path = os.path.abspath(file or default_config(os.environ, os.geteuid()))
     if file is None and "AGENTQD_CONFIG" not in os.environ and not os.path.exists(path):
         if call.as_json:

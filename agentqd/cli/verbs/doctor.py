@@ -19,7 +19,8 @@ MARKS = {"ok": ("ok", "good"), "warning": ("warning", "warn"), "error": ("ERROR"
 def command(call: Call) -> int:
     """What is wrong with this box, and the command that mends it. Exits 1 if there is an error."""
     merged: list[Finding] = []
-    for item in (*_daemon_checks(call), *_local_checks(call)):
+    more = _remote_checks(call) if call.where.box else _local_checks(call)
+    for item in (*_daemon_checks(call), *more):
         if all(item["name"] != other["name"] for other in merged):
             merged.append(item)
     failed = any(item["level"] == "error" for item in merged)
@@ -35,7 +36,9 @@ def _daemon_checks(call: Call) -> list[Finding]:
     try:
         answer = call.box.connection.get("doctor")
     except AgentqError as error:
-        return [finding("daemon", "error", error.message)] if error.code != "unreachable" else []
+        if call.where.box or error.code == "unreachable":
+            return []  # the checks below say it
+        return [finding("daemon", "error", error.message)]
     checks = answer.get("checks")
     if not isinstance(checks, list):
         return [finding("daemon", "error", "its answer to GET /v1/doctor has no checks")]
@@ -51,6 +54,16 @@ def _level(item: dict[str, Any]) -> str:
     if level in MARKS:
         return str(level)
     return "ok" if item.get("ok") else "error"
+
+
+def _remote_checks(call: Call) -> list[Finding]:
+    """Over SSH the daemon speaks for its box; without one, only the way there can be looked at from here."""
+    name = str(call.where.box)
+    try:
+        call.box.connection.get("status")
+    except AgentqError as error:
+        return [finding("daemon", "error", error.message, f"agentqctl box test {name}")]
+    return [finding("connection", "ok", f"box {name} answers over SSH")]
 
 
 def _local_checks(call: Call) -> list[Finding]:

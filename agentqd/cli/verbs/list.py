@@ -24,7 +24,7 @@ COLUMNS = (
 )
 
 
-@verb("list")
+@verb("list", all_boxes="object")
 @click.option("--state", metavar="STATE[,STATE]...", help="queued, running, finished, ...")
 @click.option("--result", metavar="RESULT[,RESULT]...", help="success, failed, timeout, ...")
 @click.option("--queue", metavar="NAME[,NAME]...")

@@ -25,7 +25,7 @@ COLUMNS = (
 REMARKS = ("left_out", "renamed", "artifacts_truncated")  # told, and no failure
 
 
-@verb("pull")
+@verb("pull", all_boxes="lines")
 @click.option("--consumer", metavar="NAME", help="Whose position; otherwise `default`.")
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many.")
 @click.option("--follow", is_flag=True, help="Go on as they come, until interrupted.")

@@ -11,7 +11,7 @@ from agentqd.cli.verb import Call, verb
 from agentqd.core.errors import AgentqError
 
 
-@verb("status")
+@verb("status", all_boxes="object")
 @click.option("--watch", is_flag=True, help="Again and again, until interrupted.")
 @click.option(
     "--every", type=click.FloatRange(min=0.1), default=2.0, metavar="SECONDS", help="How often (2)."
