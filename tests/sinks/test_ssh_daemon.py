@@ -59,7 +59,7 @@ def row_of(box: RealBox, task_id: str) -> dict[str, Any]:
 
 
 def delivered(box: RealBox, task_id: str) -> bool:
-    return box.show(task_id)["state"] == "finished" and row_of(box, task_id)["state"] == "delivered"
+    return box.show(task_id).get("state") == "finished" and row_of(box, task_id)["state"] == "delivered"
 
 
 def contact(box: RealBox, who: str) -> None:
@@ -178,7 +178,7 @@ def test_rows_of_a_sink_that_was_taken_from_the_config_are_shown_and_sent_when_i
     peer.sshd.stop()
     box = make_box(peer.config())
     box.append({"task": "work", "id": "t0", "prompt": "echo x"})
-    wait_for("a try", lambda: box.show("t0")["state"] == "finished" and row_of(box, "t0")["attempts"])
+    wait_for("a try", lambda: box.show("t0").get("state") == "finished" and row_of(box, "t0")["attempts"])
     box.config.write_text("alerts: {deliver_to: [completions]}\n")
     gone = wait_for("the edit", lambda: laptop(box)["type"] is None and laptop(box))
     assert gone["pending"] == 1
