@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,7 @@ from realbox import wait_for
 from realsshd import Account, current_account
 
 from agentqd.cli.group import VERBS
-from tests.laptop.onelaptop import OneLaptop, one_laptop
+from tests.laptop.onelaptop import CTL, OneLaptop, one_laptop
 
 pytestmark = [pytest.mark.real, pytest.mark.sshd]
 
@@ -241,3 +242,17 @@ def test_all_boxes_at_once_and_an_absent_one_hides_none(one: OneLaptop) -> None:
     ]
     assert one.run("--box", "all", "pull", "--follow").returncode == 2
     assert one.run("--box", "all", "show", "t").returncode == 2
+
+
+def test_a_verb_through_the_keeper_loads_no_ssh_library(one: OneLaptop) -> None:
+    one.ok("status")
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *CTL[1:], "--box", "box", "status"],
+        capture_output=True,
+        timeout=60,
+        check=True,
+        env=one.laptop.env(),
+    )
+    loaded = {line.rpartition(b"|")[2].strip() for line in done.stderr.splitlines()}
+    assert b"agentqd.client.kept" in loaded
+    assert not loaded & {b"asyncssh", b"asyncio", b"yaml", b"msgspec", b"subprocess", b"hashlib", b"ssl"}
