@@ -7,8 +7,8 @@ from typing import Any
 from agentqd.cli.outcome import outcome
 from agentqd.cli.verb import Call
 from agentqd.client.logs import LogReader
-from agentqd.client.patience import Patience
-from agentqd.client.tasks import exit_code_of, wait_for
+from agentqd.client.patience import Patience, may_come_back
+from agentqd.client.tasks import exit_code_of, unread_patience, wait_for
 from agentqd.core.errors import AgentqError
 
 
@@ -40,13 +40,18 @@ def follow_to_the_end(call: Call, task_id: str, *, may_be_unread: bool) -> int:
 
 def _until_known(call: Call, task_id: str) -> None:
     """A line in the queue file becomes a task when the daemon has read it."""
-    patience = Patience(call.box.reconnect_s)
+    patience, unread = Patience(call.box.reconnect_s), unread_patience(call.box)
     while True:
         try:
             call.box.connection.get("tasks", task_id)
         except AgentqError as error:
-            if error.code not in ("no_such_task", "unreachable", "answer_lost"):
+            if error.code == "no_such_task":
+                patience.succeeded()
+                unread.bear(error)
+            elif may_come_back(error):
+                unread.succeeded()
+                patience.bear(error)
+            else:
                 raise
-            patience.bear(error)
         else:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from agentqd.client.channel import Transport
@@ -41,6 +42,10 @@ class Connection:
         with self._open("GET", path, query, None, extra_s) as answer:
             return answer.read(), answer.headers
 
+    def stream(self, *path: str, headers: Mapping[str, str], extra_s: float = 0.0) -> Answer:
+        """An answer whose body is read piece by piece. The caller closes it. Raises AgentqError."""
+        return self._open("GET", path, {}, None, extra_s, headers)
+
     def _call(
         self, method: str, path: tuple[str, ...], query: Query, body: bytes | None, extra_s: float
     ) -> Object:
@@ -51,10 +56,17 @@ class Connection:
         return value
 
     def _open(
-        self, method: str, path: tuple[str, ...], query: Query, body: bytes | None, extra_s: float
+        self,
+        method: str,
+        path: tuple[str, ...],
+        query: Query,
+        body: bytes | None,
+        extra_s: float,
+        headers: Mapping[str, str] | None = None,
     ) -> Answer:
         target = make_target(path, query)
-        answer = exchange(self.transport, method, target, body=body, timeout_s=self.timeout_s + extra_s)
+        timeout_s = self.timeout_s + extra_s
+        answer = exchange(self.transport, method, target, body=body, timeout_s=timeout_s, headers=headers)
         if answer.status < 300:
             return answer
         with answer:

@@ -10,7 +10,7 @@ Promises:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Self
 
 from agentqd.client.channel import Channel, Transport
@@ -19,6 +19,7 @@ from agentqd.core.limits import CONTROL_BODY_BYTES_MAX
 
 HEAD_BYTES_MAX = 64 * 1024
 READ_BYTES = 64 * 1024
+BODY_READ_BYTES = 256 * 1024  # as much as a Unix socket holds
 UNRESERVED = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~"
 CHUNK_LINE_BYTES_MAX = 1024
 
@@ -79,14 +80,22 @@ class Answer:
 
 
 def exchange(
-    transport: Transport, method: str, target: str, *, body: bytes | None, timeout_s: float
+    transport: Transport,
+    method: str,
+    target: str,
+    *,
+    body: bytes | None,
+    timeout_s: float,
+    headers: Mapping[str, str] | None = None,
 ) -> Answer:
-    """Sends one request and reads the head of its answer. The caller closes the answer."""
+    """Sends one request and reads the head of its answer. The caller closes the answer. `headers`: our own, plain ASCII."""
     channel = transport.open()
     reader = _Reader(channel, transport.name)
     head = f"{method} {target} HTTP/1.1\r\nHost: box\r\nConnection: close\r\nAccept: application/json\r\n"
     if body is not None:
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    for name, value in (headers or {}).items():
+        head += f"{name}: {value}\r\n"
     try:
         channel.set_timeout(timeout_s)
         try:
@@ -163,7 +172,7 @@ class _Reader:
     def counted(self, left: int) -> Iterator[bytes]:
         while left:
             if not self._buffer:
-                self._fill()
+                self._fill(BODY_READ_BYTES)
             piece, self._buffer = self._buffer[:left], self._buffer[left:]
             left -= len(piece)
             yield piece
@@ -190,9 +199,9 @@ class _Reader:
         line, self._buffer = self._buffer[:end], self._buffer[end + 2 :]
         return line
 
-    def _fill(self) -> None:
+    def _fill(self, bytes_max: int = READ_BYTES) -> None:
         try:
-            more = self._channel.receive(READ_BYTES)
+            more = self._channel.receive(bytes_max)
         except TimeoutError as error:
             raise AnswerLost(
                 f"{self._name}: agentqd does not answer in time (is it stopped or overloaded?)"

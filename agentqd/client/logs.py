@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from agentqd.core.errors import AgentqError, Unreachable
 READ_BYTES = 1024 * 1024
 FOLLOW_WAIT_S = 20
 NEXT_ATTEMPT_POLL_S = 1
+POLL_MIN_S = 0.05
 
 
 class Piece(NamedTuple):
@@ -60,20 +62,19 @@ class LogReader:
         current, offset = attempt, 0
         patience = Patience(self._box.reconnect_s)
         while True:
+            asked = time.monotonic()
             try:
                 if current is None and (current := self._attempt_after(0)) is None:
                     return
                 piece = self._piece(current, offset, wait_s=FOLLOW_WAIT_S)
                 patience.succeeded()
-            except Unreachable as error:
-                if not may_come_back(error):
-                    raise
-                patience.bear(error)
-                continue
             except AgentqError as error:
-                if error.code != "no_such_attempt" or self._finished():
+                if may_come_back(error):
+                    patience.bear(error)
+                elif error.code == "no_such_attempt" and not self._finished():
+                    self._pause()
+                else:
                     raise
-                self._pause()
                 continue
             self._emit(piece)
             offset = piece.next_offset
@@ -82,12 +83,14 @@ class LogReader:
                 if following is None:
                     return
                 current, offset = following, 0
+            elif not piece.data and time.monotonic() - asked < POLL_MIN_S:
+                time.sleep(POLL_MIN_S)  # a daemon that is stopping does not sit on the question
 
     def _patient_attempt_after(self, number: int, patience: Patience) -> int | None:
         while True:
             try:
                 return self._attempt_after(number)
-            except Unreachable as error:
+            except AgentqError as error:
                 if not may_come_back(error):
                     raise
                 patience.bear(error)

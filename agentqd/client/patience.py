@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable
 
 from agentqd.client.errors import BadAnswer
-from agentqd.core.errors import Unreachable
+from agentqd.core.errors import AgentqError, Unreachable
 
 WAIT_FIRST_S = 0.05
 WAIT_MAX_S = 1.0
+LONG_AFTER_S = 60.0  # who is patient for longer than this asks less often from here on
+LONG_WAIT_MAX_S = 10.0
 
 
 class Patience:
@@ -40,9 +42,12 @@ class Patience:
             raise error
         wait_s = self._wait_s if until is None else max(0.0, min(self._wait_s, until - now))
         self._sleep(wait_s)
-        self._wait_s = min(self._wait_s * 2, WAIT_MAX_S)
+        most_s = WAIT_MAX_S if now - self._since < LONG_AFTER_S else LONG_WAIT_MAX_S
+        self._wait_s = min(self._wait_s * 2, most_s)
 
 
-def may_come_back(error: Unreachable) -> bool:
-    """Whether waiting can help: not where something else than agentqd answers."""
-    return not isinstance(error, BadAnswer)
+def may_come_back(error: AgentqError) -> bool:
+    """Whether waiting can help: not where something else than agentqd answers, nor where the daemon has said no."""
+    if error.code == "journal_failed":  # the daemon stops, opens it again and reconciles
+        return True
+    return isinstance(error, Unreachable) and not isinstance(error, BadAnswer)

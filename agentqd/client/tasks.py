@@ -16,6 +16,7 @@ from agentqd.core.errors import AgentqError, Unreachable
 RESENDS_MAX = 3
 RESEND_WAIT_S = 0.2
 POLL_MIN_S = 0.05
+UNREAD_S = 60.0
 
 
 def submit_task(
@@ -77,6 +78,7 @@ def wait_for(
     `timeout_s`. `may_be_unread`: the line stands in the queue file, so "no such task" is "not yet" for a while."""
     until = None if timeout_s is None else clock() + timeout_s
     patience = Patience(box.reconnect_s, clock)
+    unread = unread_patience(box, clock)
     last: dict[str, Any] = {
         "id": task_id,
         "state": None,
@@ -92,14 +94,14 @@ def wait_for(
             last = box.connection.get(
                 "tasks", task_id, "wait", query={"timeout_s": f"{left_s:.3f}"}, extra_s=left_s
             )
-        except Unreachable as error:
-            if not may_come_back(error):
-                raise
-            patience.bear(error, until)
         except AgentqError as error:
-            if error.code != "no_such_task" or not may_be_unread:
+            if error.code == "no_such_task" and may_be_unread:
+                unread.bear(error, until)
+            elif may_come_back(error):
+                unread.succeeded()  # the daemon has been away: its next "no such task" is its first
+                patience.bear(error, until)
+            else:
                 raise
-            patience.bear(error, until)
         else:
             patience.succeeded()
             may_be_unread = False
@@ -107,6 +109,11 @@ def wait_for(
             return last
         if clock() - asked < POLL_MIN_S:
             sleep(POLL_MIN_S)  # a daemon that does not sit on the question must not be asked without pause
+
+
+def unread_patience(box: Box, clock: Callable[[], float] = time.monotonic) -> Patience:
+    """How long a running daemon may not know a line of its queue file: one that it has refused never becomes a task."""
+    return Patience(min(box.reconnect_s, UNREAD_S), clock)
 
 
 def exit_code_of(end: dict[str, Any]) -> int:

@@ -51,12 +51,15 @@ def _operation(route: Route) -> dict[str, Any]:
     parameters = [
         {"name": part, "in": "path", "required": True, "schema": {"type": "string"}} for part in parts
     ]
-    parameters += [_parameter(param) for param in route.query]
+    parameters += [_parameter(param, "query") for param in route.query]
+    parameters += [_parameter(param, "header") for param in route.headers]
     operation: dict[str, Any] = {
         "operationId": "_".join(words),
         "summary": route.summary,
         "parameters": parameters,
-        "responses": {str(status): _response(status, text) for status, text in _statuses(route).items()},
+        "responses": {
+            str(status): _response(status, text, route.answer) for status, text in _statuses(route).items()
+        },
     }
     operation["responses"][str(route.status)] = {"description": "done", "content": _content(route.answer, {})}
     if route.body is not None:
@@ -74,22 +77,23 @@ def _statuses(route: Route) -> dict[int, str]:
     return dict(sorted(statuses.items()))
 
 
-def _response(status: int, text: str) -> dict[str, Any]:
-    schema = {"$ref": "#/components/schemas/Error"} if status >= 400 else {}
-    return {"description": text, "content": _content(JSON, schema)}
+def _response(status: int, text: str, good: str) -> dict[str, Any]:
+    if status < 400:
+        return {"description": text, "content": _content(good, {})}
+    return {"description": text, "content": _content(JSON, {"$ref": "#/components/schemas/Error"})}
 
 
 def _content(type_: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {type_: {"schema": schema} if schema else {}}
 
 
-def _parameter(param: Param) -> dict[str, Any]:
+def _parameter(param: Param, place: str) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": param.kind}
     if param.one_of:
         schema["enum"] = list(param.one_of)
     bounds = {"minimum": param.least, "maximum": param.most, "default": param.default}
     schema |= {name: value for name, value in bounds.items() if value is not None}
-    return {"name": param.name, "in": "query", "required": False, "description": param.text, "schema": schema}
+    return {"name": param.name, "in": place, "required": False, "description": param.text, "schema": schema}
 
 
 async def show_description(call: Call) -> web.StreamResponse:

@@ -54,6 +54,15 @@ COMPLETIONS: Final = (
     "SELECT o.position, e.type, e.kind, e.delivery_id, e.payload FROM outbox o JOIN entries e ON e.seq = o.entry_seq"
     " WHERE o.sink = 'completions' AND o.position > ? ORDER BY o.position LIMIT ?"
 )
+RESULT_OF_ATTEMPT: Final = "SELECT payload FROM entries WHERE task_seq = ? AND kind = 'result' AND attempt = ? ORDER BY seq DESC LIMIT 1"
+LARGE_ENTRIES_OF_ATTEMPT: Final = (
+    "SELECT delivery_id, payload FROM entries"
+    " WHERE task_seq = ? AND attempt = ? AND kind = 'entry' AND blob IS NOT NULL ORDER BY seq LIMIT ?"
+)
+LARGE_ENTRY: Final = (
+    "SELECT delivery_id, payload FROM entries"
+    " WHERE delivery_id = ? AND task_seq = ? AND attempt = ? AND kind = 'entry' AND blob IS NOT NULL"
+)
 CONSUMERS: Final = "SELECT name, acknowledged, updated_at FROM consumers ORDER BY name"
 CONSUMER: Final = "SELECT acknowledged FROM consumers WHERE name = ?"
 EVENTS: Final = "SELECT seq, at, task, event, data, hash FROM events WHERE seq > ? ORDER BY seq LIMIT ?"

@@ -102,6 +102,7 @@ class Route:
     summary: str
     handler: Handler
     query: tuple[Param, ...] = ()
+    headers: tuple[Param, ...] = ()  # described only; the handler reads them
     body: Mapping[str, Any] | None = None  # JSON schema of the request's body
     status: int = 200
     answer: str = JSON

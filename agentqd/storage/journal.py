@@ -77,7 +77,11 @@ class Journal:
         self._loop = asyncio.get_running_loop()
         self.failed = self._loop.create_future()
         self.failed.add_done_callback(lambda future: future.cancelled() or future.exception())
-        await asyncio.to_thread(self._open)
+        try:
+            await asyncio.to_thread(self._open)
+        except BaseException:
+            self._close_connections()
+            raise
         for target, name in ((self._write_loop, "journal"), (self._read_loop, "journal-reads")):
             thread = threading.Thread(target=target, name=name, daemon=True)
             thread.start()
@@ -111,6 +115,9 @@ class Journal:
         if self._index >= 0:
             os.close(self._index)
             self._index = -1
+        self._close_connections()
+
+    def _close_connections(self) -> None:
         for connection in (getattr(self, "_reader", None), getattr(self, "_connection", None)):
             if connection is not None:
                 with contextlib.suppress(sqlite3.Error):

@@ -7,11 +7,13 @@ import ctypes
 import errno
 import os
 import stat
+from collections.abc import Sequence
 
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 PUNCH_ALIGN_BYTES = 4096
 OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = getattr(_libc, "fallocate64", _libc.fallocate)
@@ -43,6 +45,24 @@ def punch_hole(fd: int, offset: int, length: int) -> bool:
 def open_folder_at(name: str, parent_fd: int) -> int:
     """A descriptor of the folder `name` in `parent_fd`; a symlink there is an error (ENOTDIR or ELOOP)."""
     return os.open(name, OPEN_FOLDER, dir_fd=parent_fd)
+
+
+def open_beneath(folder_fd: int, parts: Sequence[bytes | str]) -> int:
+    """A descriptor of the regular file that `parts` lead to below `folder_fd`: folder by folder, following no link, never
+    waiting on a FIFO. Raises OSError; EINVAL for a part that leads elsewhere ('..', '/') and for what is no regular file."""
+    names = [os.fsencode(part) for part in parts]
+    if not names or any(name in (b"", b".", b"..") or b"/" in name or b"\0" in name for name in names):
+        raise OSError(errno.EINVAL, "not a path below its folder")
+    with contextlib.ExitStack() as opened:
+        folder = folder_fd
+        for name in names[:-1]:
+            folder = os.open(name, OPEN_FOLDER, dir_fd=folder)
+            opened.callback(os.close, folder)
+        fd = os.open(names[-1], OPEN_FILE, dir_fd=folder)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return fd
 
 
 def write_all(fd: int, content: bytes) -> None:

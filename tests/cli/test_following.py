@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -259,3 +260,53 @@ def test_an_interrupt_at_any_moment_exits_130_without_a_word(ctl: Ctl, daemon: S
         out, err = process.communicate(timeout=20)
     block.set()
     assert (process.returncode, out, err) == (130, b"", b"")
+
+
+def offer_slowly(daemon: StandIn, content: bytes) -> None:
+    """One result with a stdout that takes its time."""
+    row = {
+        "seq": 1,
+        "task_id": "t",
+        "name": "big \x1b[31m",
+        "status": "success",
+        "attempt": 1,
+        "delivery_id": "d1",
+    }
+    daemon.completions = [row]
+
+    async def listing(_: web.Request) -> web.StreamResponse:
+        item = {
+            "file": "stdout",
+            "kind": "stream",
+            "name": "stdout",
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+        return web.json_response({"files": [item]})
+
+    async def slow(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(
+            status=206, headers={"Content-Range": f"bytes 0-{len(content) - 1}/{len(content)}"}
+        )
+        response.content_length = len(content)
+        await response.prepare(request)
+        for place in range(0, len(content), 1000):
+            await response.write(content[place : place + 1000])
+            await asyncio.sleep(0.15)
+        return response
+
+    daemon.answers[("GET", "/v1/tasks/t/attempts/1/files")] = listing
+    daemon.answers[("GET", "/v1/tasks/t/attempts/1/files/stdout")] = slow
+
+
+def test_pull_to_shows_a_bar_on_a_terminal_and_none_in_a_pipe(ctl: Ctl, daemon: StandIn) -> None:
+    offer_slowly(daemon, b"x" * 5000)
+    shown = ctl.on_terminal("pull", "--to", "results", columns=100).out
+    assert "% " in shown
+    assert "4.9 KiB" in shown
+    assert "big \\x1b[31m" in shown
+    assert "\x1b[31m" not in shown
+    daemon.acknowledged.clear()
+    done = ctl("pull", "--to", "elsewhere")
+    assert (done.code, done.err) == (0, "")
+    assert json.loads(done.out)["dir"] == f"{ctl.root}/elsewhere/big___31m-t"

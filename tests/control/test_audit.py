@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ async def test_offline_verify_holds_the_lock_and_finds_the_same(daemon: Daemon, 
     for name in ("journal.db", "journal.db-wal"):
         shutil.copy(f"{daemon.folders.state}/{name}", copy / name)
     assert audit.verify_offline(str(copy)) == found
-    with sqlite3.connect(copy / "journal.db") as connection:
+    with closing(sqlite3.connect(copy / "journal.db", isolation_level=None)) as connection:
         connection.execute("UPDATE events SET event = 'x' WHERE seq = 3")
     connection.close()
     assert audit.verify_offline(str(copy))["broken_at"] == 3

@@ -7,6 +7,7 @@ import grp
 import json
 import os
 import pwd
+import re
 import socket
 import stat
 import subprocess
@@ -241,7 +242,7 @@ def test_the_route_table_is_the_table_of_the_docs() -> None:
 
 
 def _as_in_docs(route: Route) -> str:
-    return route.path.replace("{id}", "ID").replace("{delivery_id}", "DELIVERY_ID").replace("{name}", "NAME")
+    return re.sub(r"\{(\w+)\}", lambda part: part[1].upper(), route.path)
 
 
 async def test_openapi_describes_every_route_and_parameter(daemon: Daemon) -> None:

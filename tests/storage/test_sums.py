@@ -46,6 +46,10 @@ class Sums(RuleBasedStateMachine):
         self.numbers = Numbers.load(self.connection)
         self.made = 0
 
+    def teardown(self) -> None:
+        if hasattr(self, "connection"):
+            self.connection.close()
+
     def _commit(self, unit: Any, undo: bool = False) -> None:
         self.connection.execute("BEGIN")
         tx = Transaction(self.connection, self.numbers.copy(), 0)

@@ -181,7 +181,9 @@ def test_running_out_of_descriptors_kills_neither_the_loop_nor_a_worker(box: Box
     assert box.process is not None
     daemon.send(run("t", "sleep 100"))
     pid = daemon.started("t").pid
-    resource.prlimit(box.process.pid, resource.RLIMIT_NOFILE, (3, 1024))  # not even what it closes can be opened again
+    resource.prlimit(
+        box.process.pid, resource.RLIMIT_NOFILE, (3, 1024)
+    )  # not even what it closes can be opened again
     daemon.send(run("u"))
     assert "Too many open files" in (daemon.exited("u").error or "")
     waiting = [box.connect() for _ in range(4)]
