@@ -206,6 +206,8 @@ def test_a_full_disk_on_the_box_is_an_error_and_costs_no_other_line(tmp_path: Pa
             error = json.loads(full.stdout)
             assert (full.returncode, error["error"]) == (75, "disk_full")
             assert one.ctl("submit", "--prompt-file", "-", "--id", "p", stdin=b"q" * 60000).returncode == 75
+            large = one.ctl("submit", "--prompt-file", "-", "--id", "l", "--json", stdin=b"q" * 5_000_000)
+            assert (large.returncode, json.loads(large.stdout)["error"]) == (75, "disk_full")
             assert list((state / "prompts").iterdir()) == [], "no half payload stays"
             filler.unlink()
             one.ok("submit", "echo after", "--id", "c")
