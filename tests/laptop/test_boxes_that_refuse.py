@@ -54,6 +54,8 @@ def test_with_nothing_but_sftp_in_a_chroot_a_submission_still_gets_there(ordinar
         error = json.loads(status.stdout)
         assert (status.returncode, error["error"]) == (69, "forwarding_forbidden")
         assert "AllowStreamLocalForwarding" in error["message"]
+        waited = one.ctl("wait", "t", "--json")
+        assert json.loads(waited.stdout)["error"] == "forwarding_forbidden", "it does not wait for ever"
         said = json.loads(one.ok("submit", "echo x", "--id", "t", "--json"))
         assert (said["where"], said["queue_file"]) == ("queue_file", "/state/queue/tasks.jsonl")
         one.ok("submit", "--prompt-file", "-", "--id", "big", stdin=b"y" * 100_000)
