@@ -13,6 +13,8 @@ from agentqd.cli.verb import where_options
 # Verb: what the list of verbs says. Its code is the file of its name in `verbs/`.
 VERBS: dict[str, str] = {
     "submit": "Hand over a task.",
+    "flush": "Send what waits in this machine's spool.",
+    "spool": "What waits here for a box that could not be reached.",
     "enqueue": "Append lines from stdin to the queue file; works with the daemon down.",
     "status": "What needs attention, what runs, what waits.",
     "list": "Tasks, newest first.",

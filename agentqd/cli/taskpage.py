@@ -42,7 +42,7 @@ def source_text(source: Any) -> str:
         return ""
     if source.get("kind") == "file":
         return f"{source.get('file')} at byte {source.get('offset')} ({source.get('length')} bytes)"
-    return f"the control {source.get('kind')}"
+    return "a laptop's spool" if source.get("kind") == "spool" else f"the control {source.get('kind')}"
 
 
 def _fact(out: Output, name: str, value: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from agentqd.cli.output import Output
 from agentqd.client.box import Box, Where, find_box
 from agentqd.client.boxname import ALL_BOXES
 from agentqd.core.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from agentqd.client.spool import Spool
 
 LOCAL_OPTIONS = ("socket", "state_dir", "runtime_dir")
 WHERE_OPTIONS = (*LOCAL_OPTIONS, "box")
@@ -26,14 +29,44 @@ class Call:
         self.where = where
         self.out = out or Output(as_json=as_json)
         self.as_json = as_json
+        self._bare_box: Box | None = None
         self._box: Box | None = None
 
     @property
     def box(self) -> Box:
-        """The daemon that this command is for; made at first use, reached at the first call."""
+        """The daemon that this command is for; made at first use, reached at the first call. What is spooled for it goes
+        first."""
         if self._box is None:
-            self._box = find_box(self.where, os.environ, os.getuid(), self.out.note)
+            self._box = self.bare_box
+            if self.spool is not None and os.path.isdir(self.spool.folder):
+                from agentqd.cli.spooled import with_spool
+
+                self._box = with_spool(self, self.spool, self.bare_box)
         return self._box
+
+    @property
+    def bare_box(self) -> Box:
+        """The same, that leaves the spool alone."""
+        if self._bare_box is None:
+            self._bare_box = find_box(self.where, os.environ, os.getuid(), self.out.note)
+        return self._bare_box
+
+    @property
+    def spool(self) -> Spool | None:
+        """What waits here for the box; none for a daemon on this machine."""
+        if not self.where.box:
+            return None
+        from agentqd.client.spool import Spool
+        from agentqd.client.spoolfolder import spool_root
+
+        return Spool(spool_root(os.environ), self.where.box, self._check_known)
+
+    def _check_known(self) -> None:
+        """Raises NoSuchBox, ConfigError. Costs reading the config: only asked before something stays on this machine."""
+        from agentqd.client.boxes import find_box as entry_of
+        from agentqd.client.keeperplace import config_file
+
+        entry_of(config_file(os.environ), str(self.where.box))
 
     def on_the_box(self, option: str, path: str, base: str | None = None) -> str:
         """A path of the command line as the box knows it: absolute, from `base` or the caller's folder. With --box there is

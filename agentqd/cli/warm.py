@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-WITHOUT_A_BOX = ("box", "completion", "version")
+WITHOUT_A_BOX = ("box", "completion", "spool", "version")
 WITH_VALUE = ("--socket", "--state-dir", "--runtime-dir")
 
 

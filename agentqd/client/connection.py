@@ -33,9 +33,9 @@ class Connection:
         """The same for a call that changes something."""
         return self._call("POST", path, {}, encode_json({} if body is None else body), 0.0)
 
-    def post_raw(self, *path: str, body: bytes) -> Object:
+    def post_raw(self, *path: str, body: bytes, query: Query | None = None) -> Object:
         """The same with a body that is JSON already."""
-        return self._call("POST", path, {}, body, 0.0)
+        return self._call("POST", path, query or {}, body, 0.0)
 
     def get_bytes(self, *path: str, query: Query, extra_s: float = 0.0) -> tuple[bytes, dict[str, str]]:
         """A body that is not JSON, with its headers (lower-case names)."""

@@ -10,9 +10,11 @@ from agentqd.client.box import Box, is_absent
 from agentqd.client.connection import LONG_POLL_S, encode_json, take
 from agentqd.client.errors import AnswerLost
 from agentqd.client.patience import Patience, may_come_back
+from agentqd.client.queuefile import Queue
 from agentqd.core import errors
 from agentqd.core.errors import AgentqError, Unreachable
 
+KEPT_IN = "queue_file"
 RESENDS_MAX = 3
 RESEND_WAIT_S = 0.2
 POLL_MIN_S = 0.05
@@ -51,7 +53,12 @@ def keep_task(box: Box, fields: dict[str, Any]) -> dict[str, Any]:
     queue = box.queue()
     line = encode_json(fields)
     read_task(line)
-    if len(line) > queue.line_bytes_max and "prompt" in fields:
+    return put_line(queue, fields, line)
+
+
+def put_line(queue: Queue, fields: dict[str, Any], line: bytes) -> dict[str, Any]:
+    """`line` (it says `fields`) in the queue file, its prompt beside it where it is too long. Raises AgentqError."""
+    if len(line) > queue.line_bytes_max and isinstance(fields.get("prompt"), str):
         rest = {name: value for name, value in fields.items() if name != "prompt"}
         line = encode_json({**rest, "prompt_ref": queue.put_prompt(fields["id"], fields["prompt"].encode())})
     queue.append([line])
@@ -60,7 +67,7 @@ def keep_task(box: Box, fields: dict[str, Any]) -> dict[str, Any]:
         "state": None,
         "result": None,
         "duplicate": None,
-        "where": box.kept_in,
+        "where": KEPT_IN,
         "queue_file": queue.path,
     }
 

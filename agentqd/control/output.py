@@ -39,6 +39,7 @@ from agentqd.core.resolve import resolve
 from agentqd.core.task import read_task
 from agentqd.loops.box import Box
 from agentqd.storage import tasks as store
+from agentqd.storage.paths import expand_workdir
 
 STREAMS: Final = ("stdout", "stderr")
 _NUMBER: Final = re.compile(r"[1-9][0-9]{0,8}")
@@ -271,8 +272,7 @@ def _result_of(connection: sqlite3.Connection, task_seq: int, number: int) -> _R
 
 def _workdir(connection: sqlite3.Connection, box: Box, task: store.TaskRow) -> str | None:
     request = read_task(store.spec_of(connection, task.seq)[0])
-    workdir = resolve(request, task.queue, task.runner, box.settings).workdir
-    return None if workdir is None else os.path.expanduser(workdir)
+    return expand_workdir(resolve(request, task.queue, task.runner, box.settings).workdir)
 
 
 def _entries(connection: sqlite3.Connection, task_seq: int, number: int, file: str | None) -> list[Recorded]:

@@ -24,6 +24,7 @@ from agentqd.loops.execs import Execs
 from agentqd.loops.finishing import AttemptEnd, finish_attempt
 from agentqd.loops.live import Live, Workers
 from agentqd.storage import tasks as store
+from agentqd.storage.paths import expand_workdir
 from agentqd.storage.transaction import Transaction
 from agentqd.supervisor import wire
 from agentqd.system.failpoints import failpoint
@@ -155,7 +156,7 @@ class Ends:
         assert exited is not None
         folder = self.box.folders.attempt(end.task_id, end.attempt)
         how: dropfolder.How = "exited" if exited.signal is None and exited.intent is None else "killed"
-        workdir = resolve(live.request, live.task.queue, live.task.runner, self.box.settings).workdir
+        workdir = self._workdir(live)
         asked = evidence.Asked(folder, workdir, end.request.expect, exited.stdout_bytes, exited.stderr_bytes)
         for left in range(_FSYNC_TRIES - 1, -1, -1):
             try:
@@ -171,6 +172,12 @@ class Ends:
                 return msgspec.structs.replace(end, seen=seen, handed=scan.handed, keys=frozenset(live.keys))
         raise AssertionError("unreachable")
 
+    def _workdir(self, live: Live) -> str | None:
+        """Where it worked, if the task or the config named a place; None: in its own work folder."""
+        return expand_workdir(
+            resolve(live.request, live.task.queue, live.task.runner, self.box.settings).workdir
+        )
+
     async def _with_check(self, end: AttemptEnd) -> AttemptEnd:
         """Run the task's own check, through the supervisor, where the rest of the evidence leaves room for success."""
         check = end.request.expect.check if end.request.expect is not None else None
@@ -180,7 +187,9 @@ class Ends:
         if exited.intent != RESULT_GRACE and (exited.intent is not None or exited.exit_code != 0):
             return end
         folder = self.box.folders.attempt(end.task_id, end.attempt)
-        passed, detail = await self.execs.check(self.box, end, check, folder)
+        live = self.live.get(end.task_id)
+        cwd = (None if live is None else self._workdir(live)) or f"{folder}/work"
+        passed, detail = await self.execs.check(self.box, end, check, folder, cwd)
         return msgspec.structs.replace(end, check_passed=passed, check_detail=detail)
 
     def _finished(self, done: asyncio.Future[Any], ends: list[AttemptEnd]) -> None:

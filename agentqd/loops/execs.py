@@ -59,11 +59,12 @@ class Execs:
             self._waiting.pop(ref, None)
         return ExecResult(ended.exit_code, ended.signal, ended.timed_out, ended.error, ended.output)
 
-    async def check(self, box: Box, end: AttemptEnd, argv: list[str], folder: str) -> tuple[bool, str]:
-        """A task's `expect.check`, in its own folder: (passed, what it said). Waits for a supervisor if there is none."""
+    async def check(
+        self, box: Box, end: AttemptEnd, argv: list[str], folder: str, cwd: str
+    ) -> tuple[bool, str]:
+        """A task's `expect.check`, in the worker's own folder `cwd`: (passed, what it said). Waits for a supervisor if there is none."""
         env = {name: os.environ[name] for name in _CHECK_ENV if name in os.environ}
         env |= {"AGENTQ_TASK_ID": end.task_id, "AGENTQ_ATTEMPT": str(end.attempt), "AGENTQ_TASK_DIR": folder}
-        cwd = end.request.workdir or f"{folder}/work"
         while True:
             try:
                 result = await self(argv, env, timeout_s=CHECK_TIMEOUT_S, cwd=cwd)

@@ -8,22 +8,19 @@ Invariants:
 
 from __future__ import annotations
 
-import base64
 import hashlib
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
-from agentqd.core.envelope import delivery_id, seal
-from agentqd.core.errors import AgentqError, InvalidTask, JournalError, WriteConflict
+from agentqd.core.errors import InvalidTask, JournalError, WriteConflict
 from agentqd.core.lines import Line, split_glued
-from agentqd.core.routing import COMPLETIONS, REJECTED
-from agentqd.core.units import format_time
 from agentqd.loops.admission import Accepted, Outcome, admit
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
 from agentqd.loops.preparing import Candidate, prepare
-from agentqd.storage import outbox, sources
+from agentqd.loops.rejection import of_line, reject
+from agentqd.storage import sources
 from agentqd.storage.queuefile import Chunk, Notice, Position
 from agentqd.storage.queuefolder import QueueFolder
 from agentqd.storage.transaction import Transaction
@@ -171,7 +168,7 @@ class Intake:
         for read, outcome in zip(reads, outcomes, strict=True):
             if isinstance(outcome, InvalidTask | WriteConflict):
                 assert chunk.position is not None
-                reject(tx, self.box, chunk.position, read.line, outcome)
+                reject(tx, self.box, of_line(chunk.position, read.line), outcome)
                 self.rejected += 1
         sources.save(tx, chunk.positions, chunk.dropped)
         for notice in chunk.notices:
@@ -208,73 +205,3 @@ class Intake:
         if chunk is not None and not chunk.is_empty:
             await self.box.journal.commit(lambda tx: self._record(tx, chunk, []))
             self.folder.committed(chunk)
-
-
-def reject(tx: Transaction, box: Box, position: Position, line: Line, wrong: AgentqError) -> None:
-    """Keep the line (queue/rejected.jsonl), tell the submitter (completions) and alert. Once for one place in one file."""
-    place = f"{position.dev}:{position.ino}:{position.btime_ns}:{line.offset}:{hashlib.sha256(line.raw).hexdigest()[:16]}"
-    kept_id = delivery_id(box.state_id, "", 0, "rejection", place)
-    if outbox.entry_exists(tx, kept_id) is not None:
-        return
-    name, submitted_id = _readable(line.raw)
-    kept: dict[str, Any] = {
-        "at": format_time(tx.now_us),
-        "file": position.name,
-        "offset": line.offset,
-        "length": line.length,
-        "reason": wrong.code,
-        "message": wrong.message,
-    }
-    try:
-        kept["raw"] = line.raw.decode("utf-8")
-    except UnicodeDecodeError:
-        kept["raw_base64"] = base64.b64encode(line.raw).decode("ascii")
-    if line.too_long:
-        kept["raw_truncated"] = True
-    _add(tx, box, kept_id, "rejection", place, "agentq.line.rejected", kept, REJECTED)
-    told_id = delivery_id(box.state_id, "", 0, "result", place)
-    told = {
-        "task_id": None,
-        "name": name,
-        "submitted_id": submitted_id,
-        "status": "refused",
-        "reason": wrong.code,
-        "message": wrong.message,
-        "completed_at": format_time(tx.now_us),
-        "output_dir": None,
-        "file": position.name,
-        "offset": line.offset,
-    }
-    _add(tx, box, told_id, "result", place, "agentq.task.refused", told, COMPLETIONS)
-    tx.event(
-        None, "line_rejected", file=position.name, offset=line.offset, length=line.length, reason=wrong.code
-    )
-    where = f"{position.name} at byte {line.offset}"
-    alert(
-        tx,
-        box,
-        "line_rejected",
-        f"a line was not accepted ({where}): {wrong.message}",
-        key=place,
-        reason=wrong.code,
-    )
-
-
-def _add(
-    tx: Transaction, box: Box, entry_id: str, kind: Any, key: str, type_: str, data: dict[str, Any], sink: str
-) -> None:
-    payload = seal(entry_id, type_, box.name, None, tx.now_us, data)
-    new = outbox.NewEntry(entry_id, None, 0, 0, kind, key, type_, payload, [sink])
-    outbox.add_entry(tx, new)
-
-
-def _readable(raw: bytes) -> tuple[str | None, str | None]:
-    """The name and id that a rejected line gives, where they can be read (also where a byte elsewhere is not UTF-8)."""
-    try:
-        value = msgspec.json.decode(raw.decode("utf-8", "replace"))
-    except (msgspec.DecodeError, RecursionError):
-        return None, None
-    if not isinstance(value, dict):
-        return None, None
-    name, task_id = value.get("task"), value.get("id")
-    return (name if isinstance(name, str) else None), (task_id if isinstance(task_id, str) else None)

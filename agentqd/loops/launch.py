@@ -14,6 +14,7 @@ from agentqd.core.units import format_time
 from agentqd.core.waking import total_deadline_us
 from agentqd.loops.box import Box
 from agentqd.storage.envfile import read_env_files
+from agentqd.storage.paths import expand_workdir
 from agentqd.storage.tasks import TaskRow
 from agentqd.supervisor import wire
 
@@ -53,7 +54,7 @@ def build_run(box: Box, task: TaskRow, request: TaskRequest, prompt_file_content
     prompt = request.prompt
     if prompt is None and prompt_file_content is not None:
         prompt = prompt_file_content.decode("utf-8")
-    workdir = None if resolved.workdir is None else os.path.expanduser(resolved.workdir)
+    workdir = expand_workdir(resolved.workdir)
     if workdir is not None and not os.path.isabs(workdir):
         raise LaunchError(f"workdir: {workdir!r} is not an absolute path")
     now = box.clock.now_us()

@@ -8,6 +8,11 @@ from agentqd.core.errors import InvalidTask
 from agentqd.core.intents import has_glob
 
 
+def expand_workdir(workdir: str | None) -> str | None:
+    """A workdir as the worker gets it: `~` is the daemon's user's home."""
+    return None if workdir is None else os.path.expanduser(workdir)
+
+
 def resolve_intents(paths: list[str], workdir: str | None) -> list[tuple[str, str]]:
     """(resolved, as given) for each path, each resolved one once. Raises InvalidTask for a relative path without a workdir."""
     found: dict[str, str] = {}

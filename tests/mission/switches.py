@@ -83,12 +83,13 @@ SWITCHES: tuple[Switch, ...] = (
     _switch(15, "queue_file::the_same_line_twice_runs_once", "loops/preparing.py", "return request.id, True", "return request.id + hashlib.sha256(place).hexdigest()[:4], True"),
     _switch(16, "restarts::what_waits_outlives_both_sides", "loops/scheduling.py", "self.paused = frozenset(row[0] for row in rows)", "self.paused = frozenset()"),
     _switch(17, "consumers::enqueue_and_submit_work_while_the_daemon_is_off_and_pull_while_the_writer_is", "client/tasks.py", "queue.append([line])", "pass"),
+    _switch(17, "spool::each_side_works_while_the_other_is_off", "client/tasks.py", "queue.append([line])", "pass", "client/spool.py", 'os.rename(draft, f"{self.folder}/{entry.file}")', "os.unlink(draft)"),
     _switch(18, "queue_file::without_inotify_the_rescan_does_the_work", "loops/intake.py", "await self.inotify.wait(float(self.box.settings.limits.rescan_every))", "await self.inotify.wait(3600.0)"),
     _switch(19, "queue_file::a_line_starts_its_worker_within_milliseconds", *NO_WATCH),
     _switch(20, "clocks::an_idle_box_takes_next_to_nothing", "loops/liveness.py", "_EVERY_S: Final = 5.0", "_EVERY_S: Final = 0.002"),
     _switch(21, "queue_file::a_line_starts_its_worker_within_milliseconds", "loops/intake.py", "hints = await self.inotify.wait(float(self.box.settings.limits.rescan_every))", "hints = await self.inotify.wait(float(self.box.settings.limits.rescan_every)); import asyncio; await asyncio.sleep(0.5)"),
     _switch(22, "queue_file::half_a_line_waits_for_its_newline_and_then_runs_once", *HALF_LINES),
-    _switch(23, "queue_file::a_bad_line_is_kept_told_alerted_and_can_be_sent_again_mended", "loops/intake.py", '_add(tx, box, kept_id, "rejection", place, "agentq.line.rejected", kept, REJECTED)', "pass"),
+    _switch(23, "queue_file::a_bad_line_is_kept_told_alerted_and_can_be_sent_again_mended", "loops/rejection.py", '_add(tx, box, kept_id, "rejection", place, "agentq.line.rejected", kept, REJECTED)', "pass"),
     _switch(24, "consumers::nobody_pulls_and_all_tasks_run", *BACK_PRESSURE),
     _switch(24, "laptop_pull::a_laptop_asleep_in_mid_pull_holds_nothing_up_and_then_gets_everything_in_order", *BACK_PRESSURE),
     _switch(25, "queue_file::a_writer_that_holds_the_rotated_file_open_loses_no_line", "storage/queuefolder.py", "self._rename_away(stamp)\n", "os.truncate(self._files.live_path, 0)\n"),
@@ -161,7 +162,8 @@ def broken_tree(switch: Switch) -> Iterator[Path]:
         shutil.copytree(ROOT / "agentqd", copy / "agentqd")
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "tests" / "mission", copy / "tests" / "mission", ignore=ignored)
-        for file in ("tests/conftest.py", "tests/realbox.py", "pyproject.toml"):
+        shutil.copytree(ROOT / "tests" / "laptop", copy / "tests" / "laptop", ignore=ignored)
+        for file in ("tests/conftest.py", "tests/realbox.py", "tests/realsshd.py", "pyproject.toml"):
             shutil.copy(ROOT / file, copy / file)
         for each in switch.breaks:
             path = copy / each.file

@@ -96,6 +96,22 @@ def test_a_stale_artifact_is_not_success(box: RealBox, tmp_path: Path) -> None:
 
 
 @pytest.mark.row(41)
+@pytest.mark.parametrize("said_by", ["task", "config"])
+def test_the_evidence_is_looked_for_where_the_worker_worked(
+    make_box: MakeBox, tmp_path: Path, said_by: str
+) -> None:
+    (tmp_path / "project").mkdir()
+    box = make_box("defaults: {workdir: ~/project}\n" if said_by == "config" else None, start=False)
+    box.env["HOME"] = str(tmp_path)
+    box.start()
+    place = {"workdir": "~/project"} if said_by == "task" else {}
+    expect = {"files": ["report.md"], "check": ["grep", "-q", "good", "report.md"]}
+    box.append({"task": "home", "prompt": "echo good > report.md", "expect": expect, **place})
+    assert box.result("home")["status"] == "success"
+    assert [item["path"] for item in box.result("home")["artifacts"]] == ["report.md"]
+
+
+@pytest.mark.row(41)
 def test_every_file_in_the_work_folder_is_recorded_with_its_digest(box: RealBox) -> None:
     box.append({"task": "files", "prompt": "mkdir d; echo a > a; echo b > d/b; ln -s /etc/passwd p"})
     told = box.result("files")

@@ -9,6 +9,7 @@ import click
 
 from agentqd.cli.output import Column
 from agentqd.cli.verb import Call, Family, verb
+from agentqd.cli.verbs.installsync import command as install_sync
 from agentqd.client.boxname import check_box_name
 from agentqd.client.boxurl import parse_box_url
 from agentqd.client.keeperplace import config_file
@@ -131,5 +132,5 @@ def _forget(name: str) -> bool:
     return Kept(name, os.environ, os.getuid()).leave()
 
 
-for each in (list_boxes, add, test, remove, forget_connection):
+for each in (list_boxes, add, test, remove, forget_connection, install_sync):
     command.add_command(each)

@@ -82,20 +82,25 @@ def _option(name: str, metavar: str, text: str, **settings: Any) -> Callable[[Fu
 @click.option("--allow-no-work", is_flag=True, help="Nothing to show is a success too.")
 @click.option("--wait", "wait", is_flag=True, help="Wait for its end; exit as it did.")
 @click.option("--follow", is_flag=True, help="The same, with its output on stdout.")
-def command(call: Call, wait: bool, follow: bool, **said: Any) -> int:
+@click.option(
+    "--require-box", is_flag=True, help="With --box: 69 if it cannot be reached; nothing is kept here."
+)
+def command(call: Call, wait: bool, follow: bool, require_box: bool, **said: Any) -> int:
     """Hand over a task. Returns once it is durable.
 
-    Without a daemon it is appended to the queue file, and read when the daemon starts.
+    Without a daemon it is appended to the queue file, and read when the daemon starts. For a box (--box) that cannot be
+    reached it is kept on this machine, and sent by the next contact or by `agentqctl flush`.
     """
     if follow and call.as_json:
         raise click.UsageError("--follow prints the worker's output; it does not go with --json")
     fields = task_fields(said, call.on_the_box)
-    answer = submit_task(call.box, fields)
+    answer = _submit(call, fields, require_box=require_box)
     unread = answer.get("where") != "accepted"
     if not call.as_json:
         _say(call, answer, to_stderr=follow)
     if follow:
         call.out.flush()
+        _until_sent(call, answer)
         return follow_to_the_end(call, fields["id"], may_be_unread=unread)
     if not wait:
         if call.as_json:
@@ -103,7 +108,7 @@ def command(call: Call, wait: bool, follow: bool, **said: Any) -> int:
         return 0
     call.out.flush()
     try:
-        end = wait_for(call.box, str(answer.get("task_id")), may_be_unread=unread)
+        end = _wait(call, str(answer.get("task_id")), may_be_unread=unread)
     except AgentqError as error:  # the task itself is in safe hands: say which one it is
         error.fields |= {"task_id": answer.get("task_id"), "where": answer.get("where")}
         raise
@@ -112,6 +117,38 @@ def command(call: Call, wait: bool, follow: bool, **said: Any) -> int:
     else:
         say_end(call, end)
     return exit_code_of(end)
+
+
+def _submit(call: Call, fields: dict[str, Any], *, require_box: bool) -> dict[str, Any]:
+    spool = call.spool
+    if spool is None:
+        return submit_task(call.box, fields)
+    from agentqd.cli.spooled import tell_report
+    from agentqd.client.spooling import submit_required, submit_spooled
+
+    if require_box:
+        return submit_required(call.box, fields)
+    try:
+        return submit_spooled(call.bare_box, spool, fields, lambda report: tell_report(call, spool, report))
+    except KeyboardInterrupt:
+        if spool.find(fields["id"]) is not None:
+            call.out.note(f"{fields['id']} is spooled here; to take it back: agentqctl cancel {fields['id']}")
+        raise
+
+
+def _until_sent(call: Call, answer: dict[str, Any]) -> None:
+    if call.spool is not None and answer.get("where") == "spool":
+        from agentqd.cli.spooled import until_sent
+
+        until_sent(call, call.spool, str(answer["task_id"]), None)
+
+
+def _wait(call: Call, task_id: str, *, may_be_unread: bool) -> dict[str, Any]:
+    if call.spool is None:
+        return wait_for(call.box, task_id, may_be_unread=may_be_unread)
+    from agentqd.cli.spooled import wait_for_end
+
+    return wait_for_end(call, task_id, may_be_unread=may_be_unread)
 
 
 def task_fields(said: dict[str, Any], on_the_box: Callable[..., str]) -> dict[str, Any]:
@@ -222,7 +259,17 @@ def _say(call: Call, answer: dict[str, Any], *, to_stderr: bool) -> None:
     else:
         call.out.line(task_id)
     if answer.get("where") == "queue_file":
-        call.out.note(f"agentqd does not answer: appended to {answer.get('queue_file')}, read when it runs")
+        where = answer.get("queue_file")
+        if call.spool is None:
+            call.out.note(f"agentqd does not answer: appended to {where}, read when it runs")
+        else:
+            call.out.note(
+                f"queued on the disk of {call.spool.box} ({where}): its daemon is down, and reads it when it runs"
+            )
+    elif answer.get("where") == "spool":
+        call.out.note(
+            f"spooled here, {answer.get('box')} has not taken it yet ({answer.get('message')}); the next contact sends it"
+        )
     elif answer.get("duplicate"):
         call.out.note(
             f"a duplicate: this task was taken before and is {answer.get('result') or answer.get('state')}"

@@ -31,10 +31,18 @@ def command(call: Call, ids: tuple[str, ...], timeout: str | None) -> int:
     ends: list[dict[str, Any]] = []
     for task_id in ids:
         left_s = None if until is None else max(0.0, until - time.monotonic())
-        ends.append(wait_for(call.box, task_id, timeout_s=left_s))
+        ends.append(_wait(call, task_id, left_s))
         if not call.as_json:
             say_end(call, ends[-1])
             call.out.flush()
     if call.as_json:
         call.out.json(ends[0] if len(ends) == 1 else ends)
     return next((code for code in map(exit_code_of, ends) if code), 0)
+
+
+def _wait(call: Call, task_id: str, timeout_s: float | None) -> dict[str, Any]:
+    if call.spool is None:
+        return wait_for(call.box, task_id, timeout_s=timeout_s)
+    from agentqd.cli.spooled import wait_for_end
+
+    return wait_for_end(call, task_id, timeout_s=timeout_s)

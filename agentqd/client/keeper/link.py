@@ -135,7 +135,7 @@ async def _trouble(entry: BoxEntry, client: _Client, error: Exception) -> Troubl
     if isinstance(error, asyncssh.KeyExchangeFailed | asyncssh.ConnectionLost | ConnectionResetError):
         # We ask for the kind of key that known_hosts has; a server that has none of that kind just hangs up.
         shown = await _shown_key(entry)
-        if shown is not None and _is_known(options, target):
+        if shown is not None and _is_known(options, target) and not _is_known(options, target, shown):
             return _host_key_trouble(options, target, named, shown, "")
     return Trouble(UNREACHABLE, f"{named}: {why(error)}")
 
@@ -205,8 +205,10 @@ def _host_key_trouble(
     )
 
 
-def _is_known(options: asyncssh.SSHClientConnectionOptions, target: Target) -> bool:
-    """Whether known_hosts has any key for this host."""
+def _is_known(
+    options: asyncssh.SSHClientConnectionOptions, target: Target, key: asyncssh.SSHKey | None = None
+) -> bool:
+    """Whether known_hosts has any key for this host, or this one: a connection cut in mid-login is no other key."""
     known = options.known_hosts
     if known is None:
         return False
@@ -220,6 +222,8 @@ def _is_known(options: asyncssh.SSHClientConnectionOptions, target: Target) -> b
         found = asyncssh.match_known_hosts(known, options.host_key_alias or target.host, "", port)
     except (OSError, ValueError):
         return False
+    if key is not None:
+        return key.get_fingerprint() in {each.get_fingerprint() for each in found[0]}
     return bool(found[0] or found[1] or found[2])
 
 
