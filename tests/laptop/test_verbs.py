@@ -114,7 +114,8 @@ def test_every_reading_verb_says_the_same_here_and_over_ssh(pair: OneLaptop) -> 
 
 def test_no_verb_is_left_out() -> None:
     tried = {words[0] for words in [*READING, *CHANGING]}
-    assert set(VERBS) - tried == {"box", "doctor", "enqueue"}, "compared above, or tested below"
+    on_the_laptop = {"box", "flush", "spool"}
+    assert set(VERBS) - tried - on_the_laptop == {"doctor", "enqueue"}, "compared above, or tested below"
 
 
 def test_every_changing_verb_says_the_same_here_and_over_ssh() -> None:
