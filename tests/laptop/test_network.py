@@ -97,7 +97,7 @@ def check_pulled_once(world: World, out: Path, to: Path) -> None:
     ]
     folders = {f"{row['name']}-{row['task_id']}": row for row in rows}
     assert {path.name for path in to.iterdir()} == {".agentqctl", *folders}
-    assert [path.name for path in (to / ".agentqctl").iterdir()] == ["lock"]
+    assert unacknowledged(to) == []
     for name, row in folders.items():
         folder = to / name
         assert json.loads((folder / "result.json").read_text())["delivery_id"] == row["delivery_id"]
@@ -116,6 +116,11 @@ def check_acknowledged(world: World, to: Path) -> None:
     """Nothing comes again."""
     done = world.one.ctl("pull", "--to", str(to))
     assert (done.returncode, done.stdout) == (0, b""), done
+
+
+def unacknowledged(to: Path) -> list[str]:
+    """The rows whose folders are not yet done with."""
+    return [path.name for path in (to / ".agentqctl").iterdir() if path.name != "lock"]
 
 
 def sha256(path: Path) -> str:
@@ -250,6 +255,7 @@ def test_a_link_that_goes_down_and_comes_back_stops_no_follower_and_repeats_noth
     assert end(wait, waited, NOTICED_S) == (0, "")
     assert end(follow, logs, NOTICED_S) == (0, "")
     wait_for("both rows", lambda: out.read_bytes().count(b"\n") == 2)
+    wait_for("the last acknowledgement", lambda: unacknowledged(to) == [])
     pull.send_signal(signal.SIGINT)
     assert end(pull, out, NOTICED_S) == (130, "")
     print(f"dead after {dead_s:.1f} s, back after {back_s:.1f} s; {before} of {BIG_BYTES} bytes were there")
