@@ -94,6 +94,22 @@ def test_after_a_sleep_a_dead_connection_costs_seconds_and_not_the_verb(one: One
         os.kill(pid, signal.SIGCONT)
 
 
+def test_a_connection_that_died_right_after_a_verb_costs_the_keepalive_and_not_the_next_verb(
+    one: OneLaptop,
+) -> None:
+    one.ok("status")
+    (keeper,) = one.keepers()
+    frozen = one.sshd.sessions()
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)  # another Wi-Fi: nobody says that the old address is gone
+    try:
+        one.ok("status")
+        assert keeper not in one.keepers()
+    finally:
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+
+
 def test_verbs_that_start_together_share_one_keeper(one: OneLaptop) -> None:
     verbs = [one.start("status", "--json") for _ in range(8)]
     for verb in verbs:

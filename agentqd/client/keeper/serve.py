@@ -3,8 +3,8 @@
 Invariants:
 1. While a keeper lives, its connection is believed to live: the first sign of the contrary ends the keeper, and with it
    every request; nothing is ever sent again by it.
-2. After silence the first step of a request, which changes nothing, is a probe with a short timeout; its failure is
-   `stale`: nothing was done, and another keeper may be started.
+2. The first step of a request changes nothing; after silence it is a probe with a short timeout. A connection that breaks
+   in it is `stale`: nothing was done, and another keeper may be started.
 3. A keeper that leaves is no longer found (socket gone, lock free) before it finishes what it still has to do.
 """
 
@@ -234,10 +234,9 @@ class Keeper:
                 STALE, "the connection to the box is dead: it was silent, and does not answer"
             ) from None
         except Trouble as trouble:
-            if silent and trouble.code in (UNREACHABLE, NO_SFTP):
+            if trouble.code == UNREACHABLE or (silent and trouble.code == NO_SFTP):
                 raise Trouble(STALE, trouble.message) from trouble
-            if trouble.code != UNREACHABLE:
-                self._heard()
+            self._heard()
             raise
         self._heard()
         return result
