@@ -22,6 +22,8 @@ _OUTPUT = Path(__file__).with_name("last-run.json")
 def main() -> int:
     """Exit 0 when every limit is met, 1 when one is missed."""
     arguments = _parse()
+    for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"):  # programs as installed: with their bytecode
+        os.environ.pop(name, None)
     base = machine.real_disk(
         [arguments.dir] if arguments.dir else [tempfile.gettempdir(), "/var/tmp", os.getcwd()]
     )

@@ -38,11 +38,20 @@ class Call:
         first."""
         if self._box is None:
             self._box = self.bare_box
-            if self.spool is not None and os.path.isdir(self.spool.folder):
+            if self._may_have_spooled() and (spool := self.spool) is not None:
                 from agentqd.cli.spooled import with_spool
 
-                self._box = with_spool(self, self.spool, self.bare_box)
+                self._box = with_spool(self, spool, self.bare_box)
         return self._box
+
+    def _may_have_spooled(self) -> bool:
+        """Nothing was ever kept here for most boxes: then the spool is not even loaded. After `bare_box`, which has checked
+        the name."""
+        if not self.where.box:
+            return False
+        from agentqd.client.keeperplace import spool_root
+
+        return os.path.isdir(f"{spool_root(os.environ)}/{self.where.box}")
 
     @property
     def bare_box(self) -> Box:
@@ -56,8 +65,8 @@ class Call:
         """What waits here for the box; none for a daemon on this machine."""
         if not self.where.box:
             return None
+        from agentqd.client.keeperplace import spool_root
         from agentqd.client.spool import Spool
-        from agentqd.client.spoolfolder import spool_root
 
         return Spool(spool_root(os.environ), self.where.box, self._check_known)
 
