@@ -56,10 +56,10 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         "status": lambda: status.measure(folder, samples),
         "remote": lambda: remote.measure(
             folder,
-            submits=20 if quick else 100,
+            submits=20 if quick else 50,
             statuses=40 if quick else 300,
             artifact_bytes=100_000_000 if quick else 1_000_000_000,
-            pulls=3 if quick else 5,
+            pulls=1 if quick else 3,
         ),
     }
     if arguments.large:
