@@ -181,7 +181,7 @@ class RealSshd:
             f"HostKey {self.host_key}",
             f"AuthorizedKeysFile {self.folder}/authorized_keys",
             "PidFile none",
-            *COMMON_LINES,
+            *(line for line in COMMON_LINES if not _is_given(line, self.lines[:match])),
             *_penalties(),
             *self.lines[match:],
         ]
@@ -230,7 +230,8 @@ class RealSshd:
         """The server and every session at once, by SIGKILL."""
         process, self.process = self.process, None
         if process is not None:
-            os.kill(process.pid, signal.SIGSTOP)  # no new session while we look
+            if process.poll() is None:
+                process.send_signal(signal.SIGSTOP)  # no new session while we look
             self._left |= _descendants({process.pid})
             process.kill()
             process.wait(10)
@@ -351,6 +352,11 @@ def _free_port() -> int:
 
 def _make_key(path: Path) -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
+
+
+def _is_given(line: str, given: Sequence[str]) -> bool:
+    """A subsystem may be defined once only."""
+    return line.startswith("Subsystem") and any(other.startswith("Subsystem") for other in given)
 
 
 def _penalties() -> list[str]:

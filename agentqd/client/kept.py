@@ -97,12 +97,13 @@ class Kept:
         with sock:
             lost = f"{self.name}: what became of it is unknown; say it again with the same --id"
             try:
-                sock.sendall(body)
+                with suppress(BrokenPipeError):  # it may have said why before it closed
+                    sock.sendall(body)
                 line = _read_line(sock)
             except TimeoutError:
                 raise AnswerLost(f"{lost} (no answer)", box=self.box) from None
             except OSError:
-                line = b""  # the keeper may have said why before it closed; it is gone without a word
+                line = b""
             if not line:
                 raise AnswerLost(f"{lost} (the connection broke)", box=self.box)
             return self._checked(line)

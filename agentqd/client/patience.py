@@ -50,4 +50,6 @@ def may_come_back(error: AgentqError) -> bool:
     """Whether waiting can help: not where something else than agentqd answers, nor where the daemon has said no."""
     if error.code == "journal_failed":  # the daemon stops, opens it again and reconciles
         return True
+    if error.code == "forwarding_forbidden":  # a person has to edit the box's sshd_config first
+        return False
     return isinstance(error, Unreachable) and not isinstance(error, BadAnswer)

@@ -78,6 +78,12 @@ def _sinks(status: dict[str, Any]) -> Iterator[Item]:
         if sink["dead"]:
             text = f"{_many(sink['dead'], 'delivery', 'deliveries')} to {name} gave up and will not be sent again by itself{why}"
             yield _item("error", text, f"agentqctl outbox retry ALL --sink {quote(name)}")
+        if sink["breaker"] == "disabled":
+            text = f"{name} is disabled, its deliveries are held: {sink['disabled']}"
+            yield _item("error", text, f"agentqctl outbox retry ALL --sink {quote(name)} --state held")
+        elif sink["breaker"] == "open":
+            text = f"{name} cannot be reached and is left alone until {sink['next_probe_at']}{why}"
+            yield _item("warning", text, f"agentqctl outbox list --sink {quote(name)}")
         oldest = sink["oldest_pending_s"]
         if oldest is not None and oldest > UNDELIVERED_S:
             text = f"{_many(sink['pending'], 'delivery', 'deliveries')} to {name} not delivered, the oldest for {format_duration(oldest)}{why}"

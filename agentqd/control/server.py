@@ -20,6 +20,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from agentqd.control.access import always_allowed, member
+from agentqd.control.contact import HEADER, read_contact
 from agentqd.control.room import Parts, Room
 from agentqd.control.route import Call, Handler, Route, answer, error_answer, read_query
 from agentqd.control.socketfile import (
@@ -144,6 +145,8 @@ def _guard(room: Room) -> Middleware:
     async def guard(request: web.Request, handler: _Aiohttp) -> web.StreamResponse:
         try:
             await _check_peer(room, request)
+            if HEADER in request.headers and (names := read_contact(request.headers[HEADER])):
+                room.parts.delivery.hears_of(names)
             return await handler(request)
         except NotPermitted as error:
             refused = error_answer(error)

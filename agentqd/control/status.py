@@ -205,7 +205,7 @@ def _sinks(room: Room, seen: Seen, now: int) -> dict[str, Any]:
             "dead": states.get(RowState.DEAD, 0),
             "delivered": states.get(RowState.DELIVERED, 0),
             "oldest_pending_s": _age_s(seen.oldest_open.get(name), now),
-            "breaker": getattr(runner, "breaker", "closed"),
+            **(runner.health() if runner is not None else {"breaker": "closed"}),
             "last_error": runner.last_error
             if runner is not None
             else "there is no such sink in the config"

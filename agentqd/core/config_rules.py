@@ -17,7 +17,8 @@ from agentqd.core.settings import SINK_TYPES, Defaults, Match, Queue, Runner, Se
 from agentqd.core.task import ENV_NAME, SIGNALS
 
 NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
-READY_SINK_TYPES: Final = ("file", "command")  # the other plugs come with the delivery issue
+_WORD: Final = re.compile(r"[A-Za-z0-9_\[\]:.%@][A-Za-z0-9_\[\]:.%@+-]{0,254}")
+READY_SINK_TYPES: Final = ("file", "command", "ssh")  # the other plugs come with the delivery issue
 RESULT_FORMATS: Final = tuple(sorted({preset.result for preset in PRESETS.values()} | {"claude-json"}))
 _COMMON: Final = frozenset(
     {"type", "timeout", "backoff", "backoff_max", "lifetime", "concurrency", "ordered"}
@@ -31,7 +32,10 @@ _KEYS: Final[dict[str, tuple[frozenset[str], frozenset[str]]]] = {  # type: (nee
         frozenset({"host", "from"}),
         frozenset({"port", "tls", "username", "password_file", "to", "allow_to"}),
     ),
-    "ssh": (frozenset({"host", "path"}), frozenset({"port", "user", "identity_file", "known_hosts", "mode"})),
+    "ssh": (
+        frozenset({"host", "path"}),
+        frozenset({"port", "user", "identity_file", "known_hosts", "mode", "peer"}),
+    ),
     "notify": (frozenset({"urls_file"}), frozenset()),
 }
 
@@ -229,11 +233,36 @@ def _check_sink(name: str, sink: Sink) -> Iterator[Problem]:
         yield Problem(
             (*key, field), f"a sink of type {sink.type} has no {field} (that is for {', '.join(types)})"
         )
-    if sink.path is not None and not sink.path.startswith("/"):
+    if sink.type == "ssh":
+        yield from _check_ssh(key, sink)
+    elif sink.path is not None and not sink.path.startswith("/"):
         yield Problem((*key, "path"), f"{sink.path!r} is not an absolute path")
     if sink.command is not None and (not sink.command or not sink.command[0]):
         yield Problem((*key, "command"), "is an argv list; its first item is the program")
     yield from _at_least_one((*key, "concurrency"), sink.concurrency)
+
+
+def _check_ssh(key: tuple[str | int, ...], sink: Sink) -> Iterator[Problem]:
+    """Its path is that machine's: absolute, or from the home of the user who logs in there."""
+    for name in ("host", "user", "peer"):
+        value = getattr(sink, name)
+        if value is not None and not _WORD.fullmatch(value):
+            yield Problem((*key, name), f"{value!r} is no name")
+    if sink.path is not None and (not sink.path or "\x00" in sink.path or sink.path.startswith("~")):
+        yield Problem(
+            (*key, "path"),
+            f"{sink.path!r} is no path (one without a / at its start begins at the home there)",
+        )
+    if sink.mode == "append" and (sink.path or "").endswith("/"):
+        yield Problem((*key, "path"), f"{sink.path!r} is a folder; mode append needs a file")
+    if sink.port is not None and not 1 <= sink.port <= 65535:
+        yield Problem((*key, "port"), f"{sink.port} is no port")
+    for name in ("identity_file", "known_hosts"):
+        value = getattr(sink, name)
+        if value is not None and not value.startswith("/"):
+            yield Problem((*key, name), f"{value!r} is not an absolute path")
+    if sink.concurrency is not None and sink.concurrency > 1:
+        yield Problem((*key, "concurrency"), "a sink of type ssh sends one at a time")
 
 
 def _given(sink: Sink) -> Iterator[str]:

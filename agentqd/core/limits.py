@@ -57,6 +57,24 @@ LEFT_BEHIND_NAMED_MAX = 50
 SINK_ERROR_CHARS_MAX = 500
 COMPLETIONS_BATCH_MAX = 1000
 RETRY_AFTER_MAX_S = 86400.0
+CONCURRENCY_START = 5  # to one destination
+CONCURRENCY_MAX = 20
+FRESH_ROWS_MAX = 2000  # new rows kept in memory a sink; beyond them they are read back from the journal
+FRESH_BYTES_MAX = 16 * MIB
+PAGE_ROWS = 64  # due rows read from the journal at once (a sink that takes batches: one batch)
+PAGE_BYTES_MAX = 8 * MIB
+ORDER_WINDOW = 20_000  # entries looked through at once for an ordered sink's next rows
+ROWS_A_COMMIT = 500  # of a sink whose rows are all held, released, expired or woken
+CONTACT_EVERY_S = 10.0  # a peer that contacts us wakes its sinks at most so often
+CONTACT_HEADER_CHARS_MAX = 512
+
+# Breaker of a sink (Convoy, Postfix).
+BREAKER_ROW = 5  # connection failures in a row
+BREAKER_WINDOW = 10
+BREAKER_RATIO = 0.7  # of the last ten tries, within five minutes
+BREAKER_WINDOW_S = 300.0
+BREAKER_OPEN_S = 60.0
+BREAKER_OPEN_MAX_S = 900.0
 
 # The laptop's spool, for each box.
 SPOOL_ENTRIES_MAX = 10_000

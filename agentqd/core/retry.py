@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from typing import Final
 
 import msgspec
@@ -17,12 +20,16 @@ JITTER: Final = 0.2  # Svix; drawn once and stored (delivery defaults)
 
 
 class Schedule(msgspec.Struct, frozen=True):
-    """A sink's retry schedule: seconds before each further try; the last one repeats; `lifetime_s` ends it (None: never)."""
+    """A sink's retry schedule: seconds before each further try; the last one repeats; `lifetime_s` ends it (None: never).
+
+    `busy_min_s`: after a time-out or a 429 the next try comes no earlier than that, whatever the schedule says.
+    """
 
     steps_s: tuple[float, ...]
     doubles: bool
     max_s: float
     lifetime_s: float | None
+    busy_min_s: float = 0.0
 
 
 def wait_s(backoff: Backoff, failures: int, max_s: float = TASK_BACKOFF_MAX_S) -> float:
@@ -33,8 +40,33 @@ def wait_s(backoff: Backoff, failures: int, max_s: float = TASK_BACKOFF_MAX_S) -
     return min(backoff.steps_s[0] * 2.0 ** min(failures - 1, 60), max_s)
 
 
-def next_try_s(schedule: Schedule, failures: int, draw: float, retry_after_s: float | None) -> float:
-    """Seconds until an outbox row's next try. `draw` in [0, 1) is the jitter's random number; Retry-After is a floor, up to a day."""
+def next_try_s(
+    schedule: Schedule, failures: int, draw: float, retry_after_s: float | None, *, busy: bool = False
+) -> float:
+    """Seconds until an outbox row's next try. `draw` in [0, 1) is the jitter's random number.
+
+    Retry-After is a floor, up to a day; negative or NaN, it is none. `busy`: the schedule's `busy_min_s` is one, too.
+    """
     base = wait_s(Backoff(schedule.steps_s, doubles=schedule.doubles), failures, schedule.max_s)
-    jittered = base * (1 + JITTER * draw)
+    floor_s = schedule.busy_min_s if busy else 0.0
+    jittered = max(base, floor_s) * (1 + JITTER * draw)
     return max(jittered, min(retry_after_s or 0.0, RETRY_AFTER_MAX_S))  # jittered first: NaN never wins
+
+
+def read_retry_after_s(value: str | None, now_us: int) -> float | None:
+    """Seconds from a Retry-After header (seconds or an HTTP date), 0 to a day; None for what is neither."""
+    text = (value or "").strip()[:64]
+    if not text:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            moment = parsedate_to_datetime(text)
+            moment = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+            seconds = moment.timestamp() - now_us / 1_000_000
+        except (ValueError, OverflowError, TypeError, IndexError):
+            return None
+    if math.isnan(seconds):
+        return None
+    return min(max(0.0, seconds), RETRY_AFTER_MAX_S)

@@ -115,6 +115,7 @@ class Sink(Strict, frozen=True):
     identity_file: str | None = None
     known_hosts: str | None = None
     mode: Literal["file", "append"] | None = None
+    peer: str | None = None  # the client id or host name under which that machine contacts this box
     # notify
     urls_file: str | None = None
     # every type

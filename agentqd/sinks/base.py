@@ -1,8 +1,8 @@
 """The plug point: what a sink is. One plug a file beside this one; none knows another; ONE conformance suite runs over all.
 
 Rules for a plug:
-1. It answers with a value for every delivery it was given: `Delivered`, `Deferred` or `Rejected`. Raising, hanging or an
-   answer of the wrong length counts as `Deferred` (the loop sees to it): the same id is sent again.
+1. It answers with a value for every delivery it was given: `Delivered`, `Deferred`, `Rejected` or `Disabled`. Raising, hanging
+   or an answer of the wrong length counts as `Deferred` (the loop sees to it): the same id is sent again.
 2. `Delivered` means: the receiver has said so, and what it said so about is durable there as the sink's docs promise.
    An ambiguous outcome is `Deferred`.
 3. It sends the payload's bytes as they are and always says the delivery id. It never logs a payload or a secret.
@@ -40,8 +40,20 @@ class Delivered(msgspec.Struct, frozen=True):
 
 
 class Deferred(msgspec.Struct, frozen=True):
+    """Later. `connection` counts towards the sink's breaker; nothing else does."""
+
     reason: str
-    retry_after_s: float | None = None
+    retry_after_s: float | None = None  # what the receiver asked for; at most a day is waited
+    connection: bool = (
+        False  # the receiver could not be reached, or has fallen silent: others would fail likewise
+    )
+    busy: bool = False  # it was reached and is overwhelmed (time-out, 429): the type's `busy_min_s` counts
+
+
+class Disabled(msgspec.Struct, frozen=True):
+    """The receiver wants nothing any more (webhook 410): this row and all others of the sink are held until a person acts."""
+
+    reason: str
 
 
 class Rejected(msgspec.Struct, frozen=True):
@@ -50,7 +62,7 @@ class Rejected(msgspec.Struct, frozen=True):
     reason: str
 
 
-Outcome = Delivered | Deferred | Rejected
+Outcome = Delivered | Deferred | Rejected | Disabled
 
 
 class ExecResult(msgspec.Struct, frozen=True):
@@ -94,9 +106,12 @@ class Found(msgspec.Struct, frozen=True):
 
 
 class Sink(Protocol):
+    """A plug that has `notices: list[str]` is asked for them after each batch: each becomes an alert of the kind
+    `notice_kind` (without one: sink_file)."""
+
     batch_max: int  # how many deliveries it takes at once (1 for most)
     timeout_s: float  # of one `deliver`
-    concurrency: int  # batches under way at once
+    concurrency: int  # batches under way at once, at most (core.pace starts lower and finds its way)
 
     async def open(self, last_position: int) -> list[Found]:
         """Called once before the first `deliver`; `last_position`: the highest position that the journal knows for it.

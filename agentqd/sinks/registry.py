@@ -16,6 +16,7 @@ DAY_S: Final = 86400.0
 
 _APPENDING: Final = Schedule((1.0,), doubles=True, max_s=60.0, lifetime_s=None)
 _BY_HAND: Final = Schedule((5.0,), doubles=True, max_s=HOUR_S, lifetime_s=3 * DAY_S)
+_BUSY_MIN_S: Final = MINUTE_S  # Svix: after a time-out or a 429
 _WEBHOOK_STEPS_S: Final = (
     5.0,
     5 * MINUTE_S,
@@ -30,8 +31,10 @@ SCHEDULES: Final[dict[str, Schedule]] = {
     "rejected": _APPENDING,
     "file": _APPENDING,
     "command": _BY_HAND,
-    "notify": _BY_HAND,
-    "webhook": Schedule(_WEBHOOK_STEPS_S, doubles=False, max_s=DAY_S, lifetime_s=4 * DAY_S),
+    "notify": Schedule((5.0,), doubles=True, max_s=HOUR_S, lifetime_s=3 * DAY_S, busy_min_s=_BUSY_MIN_S),
+    "webhook": Schedule(
+        _WEBHOOK_STEPS_S, doubles=False, max_s=DAY_S, lifetime_s=4 * DAY_S, busy_min_s=_BUSY_MIN_S
+    ),
     "ssh": Schedule((5.0,), doubles=True, max_s=5 * MINUTE_S, lifetime_s=14 * DAY_S),
     "email": Schedule((5 * MINUTE_S,), doubles=True, max_s=4000.0, lifetime_s=5 * DAY_S),
 }
@@ -61,11 +64,18 @@ def _command(context: Context, _: int) -> Sink:
     return CommandSink(context)
 
 
+def _ssh(context: Context, _: int) -> Sink:
+    from agentqd.sinks.ssh import SshSink
+
+    return SshSink(context)
+
+
 _PLUGS: Final[dict[str, Callable[[Context, int], Sink]]] = {
     "completions": _completions,
     "rejected": _rejected,
     "file": _file,
     "command": _command,
+    "ssh": _ssh,
 }
 
 
@@ -96,7 +106,7 @@ def schedule_for(name: str, settings: config.Sink | None, type_: str) -> Schedul
     if settings.backoff_max is not None:
         max_s = float(settings.backoff_max)
     lifetime_s = default.lifetime_s if settings.lifetime is None else float(settings.lifetime)
-    return Schedule(steps_s, doubles, max_s, lifetime_s)
+    return Schedule(steps_s, doubles, max_s, lifetime_s, default.busy_min_s)
 
 
 def _unusable(type_: str) -> str:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
 from typing import Any, Final
 
 import msgspec
 
 from agentqd.core.envelope import Kind
+from agentqd.core.limits import ORDER_WINDOW, SIZE_MAX
 from agentqd.core.outbox import RowEvent, RowState, next_row_state
 from agentqd.storage.transaction import Transaction
 
@@ -22,12 +24,24 @@ _INSERT_ENTRY: Final = (
 )
 _INSERT_ROW: Final = "INSERT INTO outbox (entry_seq, sink, state, attempts, created_at, due_at, last_error) VALUES (?,?,?,0,?,?,?)"
 _ROW: Final = "SELECT entry_seq, sink, state, attempts, created_at, due_at, delivered_at, position, last_error FROM outbox"
-_DUE: Final = (
+# Keys first (the index alone answers), then rows one by one: what is skipped is never loaded, and bytes can be bounded.
+_DUE_KEYS: Final = (
+    "SELECT entry_seq FROM outbox WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at <= ?"
+    " ORDER BY due_at, entry_seq"
+)
+_DUE_ROW: Final = (
     "SELECT o.entry_seq, o.sink, o.state, o.attempts, o.created_at, e.delivery_id, e.type, e.kind, e.key, t.id,"
     " e.payload, e.blob, e.sha256, o.due_at"
     " FROM outbox o JOIN entries e ON e.seq = o.entry_seq LEFT JOIN tasks t ON t.seq = e.task_seq"
-    " WHERE o.sink = ? AND o.state IN ('pending','delivering','retryable') AND o.due_at <= ?"
-    " ORDER BY o.due_at, o.entry_seq LIMIT ?"
+    " WHERE o.entry_seq = ? AND o.sink = ?"
+)
+# By the primary key (the unary plus keeps other indexes out): the order of entries, a window at a time.
+_ORDERED_KEYS: Final = (
+    "SELECT entry_seq, due_at FROM outbox"
+    " WHERE entry_seq >= ? AND entry_seq < ? AND +sink = ? AND +state IN ('pending','delivering','retryable') ORDER BY entry_seq LIMIT ?"
+)
+_FIRST_OPEN: Final = (
+    "SELECT min(entry_seq) FROM outbox WHERE sink = ? AND state IN ('pending','delivering','retryable')"
 )
 _NEXT_DUE: Final = "SELECT min(due_at) FROM outbox WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at > ?"
 _OPEN_SINKS: Final = "SELECT DISTINCT sink FROM outbox WHERE state IN ('pending','delivering','retryable')"
@@ -126,14 +140,66 @@ def add_row(tx: Transaction, entry_seq: int, sink: str) -> None:
     tx.count_outbox(sink, RowState.PENDING.value, 1)
 
 
-def due(source: sqlite3.Connection | Transaction, sink: str, now_us: int, limit: int) -> list[DueRow]:
-    """Rows whose time has come, the longest due first; with their payloads."""
-    return [DueRow(r[0], r[1], RowState(r[2]), *r[3:]) for r in source.execute(_DUE, (sink, now_us, limit))]
+def due(
+    source: sqlite3.Connection | Transaction,
+    sink: str,
+    now_us: int,
+    limit: int,
+    skip: Collection[int] = (),
+    bytes_max: int = SIZE_MAX,
+) -> list[DueRow]:
+    """Rows whose time has come, the longest due first; with their payloads, at least one and then at most `bytes_max` of them."""
+    cursor = source.execute(_DUE_KEYS, (sink, now_us))
+    seqs = list(islice((seq for (seq,) in cursor if seq not in skip), limit))
+    cursor.close()
+    return _load(source, sink, seqs, bytes_max)
 
 
-def newest_entry(source: sqlite3.Connection | Transaction) -> int:
-    """The highest entry seq: what a read of due rows has covered."""
-    return int(source.execute("SELECT coalesce(max(seq), 0) FROM entries").fetchone()[0])
+def next_in_order(
+    source: sqlite3.Connection | Transaction,
+    sink: str,
+    now_us: int,
+    limit: int,
+    floor: int,
+    skip: Collection[int],
+    bytes_max: int,
+) -> tuple[list[DueRow], int, int | None]:
+    """For a sink that keeps order: the open rows that may go next, the new floor, and when the first that may not is due.
+
+    No row below `floor` is open. A row that waits for its retry ends what may go.
+    """
+    keys = source.execute(_ORDERED_KEYS, (floor, floor + ORDER_WINDOW, sink, limit + len(skip))).fetchall()
+    if not keys:
+        first = source.execute(_FIRST_OPEN, (sink,)).fetchone()[0]
+        if first is None:
+            return [], floor, None
+        keys = source.execute(
+            _ORDERED_KEYS, (first, first + ORDER_WINDOW, sink, limit + len(skip))
+        ).fetchall()
+    seqs: list[int] = []
+    later: int | None = None
+    for seq, due_at in keys:
+        if seq in skip:
+            continue
+        if due_at is not None and due_at > now_us:
+            later = due_at
+            break
+        seqs.append(seq)
+    return _load(source, sink, seqs[:limit], bytes_max), keys[0][0] if keys else floor, later
+
+
+def _load(
+    source: sqlite3.Connection | Transaction, sink: str, seqs: Sequence[int], bytes_max: int
+) -> list[DueRow]:
+    rows: list[DueRow] = []
+    size = 0
+    for seq in seqs:
+        r = source.execute(_DUE_ROW, (seq, sink)).fetchone()
+        size += len(r[10])
+        if rows and size > bytes_max:
+            break
+        rows.append(DueRow(r[0], r[1], RowState(r[2]), *r[3:]))
+    return rows
 
 
 def next_due(source: sqlite3.Connection | Transaction, sink: str, after_us: int) -> int | None:

@@ -32,6 +32,7 @@ _ACTIVE_COUNTS: Final = (
 )
 _ACTIVE_STATES: Final = frozenset({"running", "stopping"})
 _GENESIS: Final = bytes(32)
+_PARKED: Final = frozenset({"held", "dropped"})
 
 
 def event_hash(previous: bytes, seq: int, at: int, task: str | None, event: str, data: str) -> bytes:
@@ -168,6 +169,10 @@ class Transaction:
             if state == "pending" and change > 0:
                 given[sink] = given.get(sink, 0) + change
         return given
+
+    def sinks_parked(self) -> set[str]:
+        """The sinks of which this transaction has held or dropped rows."""
+        return {sink for sink, state, change in self._outbox_counts if state in _PARKED and change > 0}
 
     # The journal's side.
 

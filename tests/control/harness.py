@@ -231,4 +231,10 @@ class Daemon:
 
 
 def fake_runner(*in_flight: int, last_error: str | None = None) -> Any:
-    return SimpleNamespace(in_flight=set(in_flight), last_error=last_error)
+    return SimpleNamespace(
+        in_flight=set(in_flight),
+        last_error=last_error,
+        disabled=None,
+        health=lambda: {"breaker": "closed"},
+        forget=lambda: None,
+    )

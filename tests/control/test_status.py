@@ -98,6 +98,22 @@ async def test_attention_names_each_trouble_with_its_fix(daemon: Daemon) -> None
     assert levels == sorted(levels, key=lambda level: level != "error")
 
 
+@pytest.mark.parametrize(
+    ("health", "text", "fix"),
+    [
+        ({"breaker": "disabled", "disabled": "410 Gone"}, "hook is disabled, its deliveries are held: 410 Gone", "retry ALL --sink hook --state held"),
+        ({"breaker": "open", "next_probe_at": "2026-01-01T00:00:00.000Z"}, "left alone until 2026-01-01T00:00:00.000Z: no route", "list --sink hook"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("settings", [Settings(sinks={"hook": Sink(type="file", path="/x/y")})])
+async def test_a_sink_that_is_not_sent_to_is_named(daemon: Daemon, health: dict[str, str], text: str, fix: str) -> None:  # fmt: skip
+    daemon.delivery.runners["hook"] = runner = fake_runner(last_error="no route")
+    runner.health = lambda: health
+    (item,) = [each for each in (await daemon.get("/v1/status"))["attention"] if "hook" in each["text"]]
+    assert text in item["text"]
+    assert item["fix"] == f"agentqctl outbox {fix}"
+
+
 async def test_a_task_that_does_not_die_is_named(daemon: Daemon) -> None:
     daemon.connect_supervisor()
     task_id = await daemon.submit()

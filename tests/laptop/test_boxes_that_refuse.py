@@ -54,6 +54,8 @@ def test_with_nothing_but_sftp_in_a_chroot_a_submission_still_gets_there(ordinar
         error = json.loads(status.stdout)
         assert (status.returncode, error["error"]) == (69, "forwarding_forbidden")
         assert "AllowStreamLocalForwarding" in error["message"]
+        waited = one.ctl("wait", "t", "--json")
+        assert json.loads(waited.stdout)["error"] == "forwarding_forbidden", "it does not wait for ever"
         said = json.loads(one.ok("submit", "echo x", "--id", "t", "--json"))
         assert (said["where"], said["queue_file"]) == ("queue_file", "/state/queue/tasks.jsonl")
         one.ok("submit", "--prompt-file", "-", "--id", "big", stdin=b"y" * 100_000)
@@ -206,6 +208,8 @@ def test_a_full_disk_on_the_box_is_an_error_and_costs_no_other_line(tmp_path: Pa
             error = json.loads(full.stdout)
             assert (full.returncode, error["error"]) == (75, "disk_full")
             assert one.ctl("submit", "--prompt-file", "-", "--id", "p", stdin=b"q" * 60000).returncode == 75
+            large = one.ctl("submit", "--prompt-file", "-", "--id", "l", "--json", stdin=b"q" * 5_000_000)
+            assert (large.returncode, json.loads(large.stdout)["error"]) == (75, "disk_full")
             assert list((state / "prompts").iterdir()) == [], "no half payload stays"
             filler.unlink()
             one.ok("submit", "echo after", "--id", "c")

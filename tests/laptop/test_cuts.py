@@ -126,8 +126,13 @@ def test_a_keeper_in_use_does_not_leave_for_idleness(one: OneLaptop) -> None:
         "--runtime-dir",
         str(one.box.runtime),
     )
-    one.ok("submit", "sleep 3; echo x", "--id", "t", "--follow")
-    assert b"x" in one.ok("logs", "t")
+    with one.start("submit", "sleep 3; echo x", "--id", "t", "--follow") as verb:
+        wait_for("the keeper", one.keeper_socket.exists)
+        (keeper,) = one.keepers()
+        while verb.poll() is None:
+            assert one.keeper_socket.exists(), "it can be found as long as somebody uses it"
+        assert verb.returncode == 0
+        assert one.keepers() in ([keeper], [])
 
 
 def test_a_config_edit_and_another_version_are_served_by_a_new_keeper(one: OneLaptop, tmp_path: Path) -> None:

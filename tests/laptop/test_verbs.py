@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,7 @@ from realbox import wait_for
 from realsshd import Account, current_account
 
 from agentqd.cli.group import VERBS
-from tests.laptop.onelaptop import OneLaptop, one_laptop
+from tests.laptop.onelaptop import CTL, OneLaptop, one_laptop
 
 pytestmark = [pytest.mark.real, pytest.mark.sshd]
 
@@ -113,7 +114,8 @@ def test_every_reading_verb_says_the_same_here_and_over_ssh(pair: OneLaptop) -> 
 
 def test_no_verb_is_left_out() -> None:
     tried = {words[0] for words in [*READING, *CHANGING]}
-    assert set(VERBS) - tried == {"box", "doctor", "enqueue"}, "compared above, or tested below"
+    on_the_laptop = {"box", "flush", "spool"}
+    assert set(VERBS) - tried - on_the_laptop == {"doctor", "enqueue"}, "compared above, or tested below"
 
 
 def test_every_changing_verb_says_the_same_here_and_over_ssh() -> None:
@@ -241,3 +243,17 @@ def test_all_boxes_at_once_and_an_absent_one_hides_none(one: OneLaptop) -> None:
     ]
     assert one.run("--box", "all", "pull", "--follow").returncode == 2
     assert one.run("--box", "all", "show", "t").returncode == 2
+
+
+def test_a_verb_through_the_keeper_loads_no_ssh_library(one: OneLaptop) -> None:
+    one.ok("status")
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *CTL[1:], "--box", "box", "status"],
+        capture_output=True,
+        timeout=60,
+        check=True,
+        env=one.laptop.env(),
+    )
+    loaded = {line.rpartition(b"|")[2].strip() for line in done.stderr.splitlines()}
+    assert b"agentqd.client.kept" in loaded
+    assert not loaded & {b"asyncssh", b"asyncio", b"yaml", b"msgspec", b"subprocess", b"hashlib", b"ssl"}

@@ -13,8 +13,10 @@ from agentqd.core.lifecycle import Event
 from agentqd.core.outbox import RowEvent, RowState
 from agentqd.core.settings import Alerts, Settings, Sink
 from agentqd.core.units import Backoff, Duration
-from agentqd.loops import delivery as module
-from agentqd.loops.delivery import DeliveryLoop, SinkRunner
+from agentqd.loops import backlog
+from agentqd.loops import sinkrunner as module
+from agentqd.loops.delivery import DeliveryLoop
+from agentqd.loops.sinkrunner import SinkRunner
 from agentqd.sinks.base import Context, Deferred, Delivered, Delivery, Found, Outcome, Rejected
 from agentqd.storage import outbox
 from agentqd.storage.outbox import NewEntry
@@ -272,7 +274,7 @@ async def test_a_fresh_row_that_a_look_into_the_journal_has_brought_already_is_s
 
 
 async def test_more_rows_than_memory_holds_are_all_sent_once(bench: Bench, plug: Script, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.setattr(module, "_FRESH_MAX", 5)
+    monkeypatch.setattr(backlog, "FRESH_ROWS_MAX", 5)
     plug.batch_max, plug.concurrency = 3, 1
     async with _running(bench):
         for n in range(6):

@@ -55,7 +55,7 @@ BACK_PRESSURE = (
     "if target is None or box.draining:",
     'if target is None or box.draining or tx.one("SELECT count(*) FROM outbox WHERE position > 9")[0]:',
 )
-NO_RETRY_TIMER = ("loops/delivery.py", "self._look_at = min([*due,", "_ = min([*due,")
+NO_RETRY_TIMER = ("loops/backlog.py", "self._look_at = min([*due,", "_ = min([*due,")
 HALF_LINES = (
     "core/lines.py", 'end = buffer.rfind(b"\\n", start) + 1', "end = len(buffer)",
     "core/lines.py", "left_over = len(parts.pop())", "left_over = 0",
@@ -115,12 +115,12 @@ SWITCHES: tuple[Switch, ...] = (
     _switch(45, "control::show_tells_one_timeline_from_the_lines_offset_to_its_delivery", "control/views.py", '"source": msgspec.json.decode(task.source),', '"source": {"file": None, "offset": None},'),
     _switch(46, "audit::a_changed_event_is_found_and_verify_says_where", "storage/transaction.py", "text = f\"{seq}\\x00{at}\\x00{task or ''}\\x00{event}\\x00{data}\"", 'text = f"{seq}"'),
     _switch(47, "verdicts::each_retry_is_recorded_waits_longer_and_is_capped", "loops/finishing.py", "again = verdict.result in RETRIED_RESULTS and task.run_attempts < resolved.max_attempts", "again = False"),
-    _switch(48, "outbox::a_finished_task_is_not_a_delivered_one_and_it_shows", "loops/delivery.py", "RowEvent.DEFERRED, attempts, due_at, None, reason)", "RowEvent.ACKNOWLEDGED, attempts, None, None, reason)"),
+    _switch(48, "outbox::a_finished_task_is_not_a_delivered_one_and_it_shows", "loops/marking.py", "RowEvent.DEFERRED, attempts, due_at, None, reason)", "RowEvent.ACKNOWLEDGED, attempts, None, None, reason)"),
     _switch(49, "outbox::an_end_and_its_outbox_rows_are_in_one_transaction", "loops/finishing.py", "        add_result(tx, box, moved, end.request, data)\n", "        tx.later(lambda: box.journal.submit(lambda tx: add_result(tx, box, moved, end.request, data)) and None)\n"),
     _switch(50, "outbox::delivery_goes_on_after_its_worker_has_timed_out", *NO_RETRY_TIMER),
     _switch(51, "clocks::a_deadline_ends_the_whole_tree_and_what_it_had_is_delivered", "loops/evidence.py", "tail = _tail(asked, problems)", 'tail = ""'),
     _switch(52, "outbox::an_entry_is_delivered_while_its_worker_goes_on outbox::two_of_four_replies_survive_the_sigkill_of_their_worker", "loops/handover.py", "            if not live.ended:\n", "            if live.ended:\n"),
-    _switch(53, "outbox::a_daemon_killed_in_mid_batch_picks_up_where_it_stopped", "storage/outbox.py", "o.state IN ('pending','delivering','retryable') AND o.due_at <= ?", "o.state IN ('pending','delivering','retryable','delivered') AND coalesce(o.due_at, 0) <= ?"),
+    _switch(53, "outbox::a_daemon_killed_in_mid_batch_picks_up_where_it_stopped", "storage/outbox.py", "state IN ('pending','delivering','retryable') AND due_at <= ?", "state IN ('pending','delivering','retryable','delivered') AND coalesce(due_at, 0) <= ?"),
     _switch(54, "outbox::a_hundred_pending_entries_drain_by_themselves_when_the_sink_is_up_again", *NO_RETRY_TIMER),
     _switch(55, "outbox::a_malformed_entry_among_good_ones_is_set_aside_told_and_blocks_nothing", "loops/dropfolder.py", "broken = item.broken or _self_address_problem(item, box, task, attempt)", "broken = item.broken"),
     _switch(56, "outbox::a_retried_task_that_writes_the_same_reply_again_sends_it_once", "loops/dropfolder.py", 'entry_id = delivery_id(box.state_id, task.id, task.run, "entry", item.key)', 'entry_id = delivery_id(box.state_id, task.id, task.run, "entry", f"{item.key}{attempt}")'),

@@ -6,8 +6,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from realsshd import RealSshd, real_sshd
 
 from .adapters import APPENDING, AppendAdapter, CompletionsAdapter
+from .sshadapters import SshAdapter, SshAppendAdapter, sshd_with_between
+
+SSH = [
+    pytest.param(adapter, marks=[pytest.mark.sshd, pytest.mark.xdist_group("sshd")], id=f"ssh-{adapter.mode}")
+    for adapter in (SshAdapter, SshAppendAdapter)
+]
+
+
+@pytest.fixture(scope="session")
+def between() -> Iterator[RealSshd]:
+    """One real sshd for all: its sessions go through sftp_between.py."""
+    with real_sshd(start=False) as sshd:
+        sshd_with_between(sshd)
+        SshAdapter.server = sshd.start()
+        yield sshd
+
+
+@pytest.fixture(params=SSH)
+def peer(request: pytest.FixtureRequest, between: RealSshd, tmp_path: Path) -> Iterator[SshAdapter]:
+    (tmp_path / "base").mkdir()
+    made = request.param(tmp_path / "base")
+    yield made
+    made.release()
 
 
 @pytest.fixture(params=APPENDING, ids=lambda adapter: adapter.type)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,12 +18,16 @@ from agentqd.sinks.registry import sink_types
 
 from .adapters import ADAPTERS
 from .conformance import SECRET, Adapter, Condition, delivery, ids, open_descriptors, some
+from .conftest import SSH
+from .sshadapters import SshAdapter
 
 NO_ANSWER = [Condition.DEFERRING, Condition.CRASHING, Condition.AMBIGUOUS, Condition.HUGE_ANSWER]
 
 
-@pytest.fixture(params=ADAPTERS, ids=lambda adapter: adapter.type)
+@pytest.fixture(params=[*(pytest.param(adapter, id=adapter.type) for adapter in ADAPTERS), *SSH])
 def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Adapter]:
+    if request.param.type == "ssh":
+        request.getfixturevalue("between")
     base = tmp_path / "base"
     base.mkdir()
     made = request.param(base)
@@ -66,12 +72,17 @@ def adapter_is_busy(adapter: Adapter) -> bool:
     return (adapter.base / "asked").exists()
 
 
+def targets(descriptors: set[str]) -> Counter[str]:
+    """What is open, and how often; a socket that took the place of another counts the same."""
+    return Counter(re.sub(r"(socket:).*", r"\1", entry.partition(":")[2]) for entry in descriptors)
+
+
 def test_every_plug_has_an_adapter() -> None:
-    assert {adapter.type for adapter in ADAPTERS} == set(sink_types())
+    assert {adapter.type for adapter in (*ADAPTERS, SshAdapter)} == set(sink_types())
 
 
 def test_what_a_receiver_cannot_be_has_a_reason() -> None:
-    for adapter in ADAPTERS:
+    for adapter in (*ADAPTERS, SshAdapter):
         assert all(len(reason) > 10 for reason in adapter.cannot.values())
         assert Condition.GOOD not in adapter.cannot
 
@@ -167,7 +178,7 @@ async def test_a_receiver_that_hangs_can_be_left_and_nothing_stays_half_open(ada
     assert adapter.received() == ids([*some(2), delivery(2)]), (
         "what it knew is used up: sent again is sent again"
     )
-    assert {entry.partition(":")[2] for entry in open_descriptors()} == {e.partition(":")[2] for e in before}
+    assert targets(open_descriptors()) == targets(before)
     await sink.close()
 
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 import pytest
 
 from agentqd.core.errors import ConfigError
-from agentqd.core.retry import JITTER, Schedule, next_try_s
+from agentqd.core.retry import JITTER, Schedule, next_try_s, read_retry_after_s
 from agentqd.core.settings import SINK_TYPES
 from agentqd.core.settings import Sink as SinkSettings
 from agentqd.core.units import Backoff, Duration
@@ -84,3 +84,31 @@ def test_a_plug_is_loaded_when_it_is_used_and_not_before() -> None:
     code = "import sys, agentqd.sinks.registry; print([m for m in sys.modules if m.startswith('agentqd.sinks.')])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not any(f"agentqd.sinks.{type_}" in loaded for type_ in SINK_TYPES)
+
+
+def test_after_a_timeout_or_a_429_a_webhook_waits_a_minute_at_least() -> None:
+    webhook, command = schedule_for("x", None, "webhook"), schedule_for("x", None, "command")
+    assert next_try_s(webhook, 1, 0.0, None, busy=True) == 60
+    assert next_try_s(webhook, 3, 0.0, None, busy=True) == 1800
+    assert next_try_s(webhook, 1, 0.0, None) == 5
+    assert next_try_s(command, 1, 0.0, None, busy=True) == 5
+    own = schedule_for("x", SinkSettings(type="webhook", backoff=Backoff((1.0,), doubles=True)), "webhook")
+    assert next_try_s(own, 1, 0.0, None, busy=True) == 60
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("120", 120), (" 7 ", 7), ("0", 0), ("-5", 0), ("1e400", DAY), ("99999999999999", DAY), ("nan", None), ("inf", DAY), ("", None), (None, None),
+        ("soon", None), ("Sun, 06 Nov 1994 08:49:37 GMT", 0), ("Tue, 14 Nov 2023 22:14:20 GMT", 60), ("Fri, 31 Dec 9999 23:59:59 GMT", DAY),
+        ("Fri, 31 Dec 99999 23:59:59 GMT", None), ("Thu, 01 Jan 1970 00:00:00 -9999", None), ("\x00", None), ("9" * 5000, DAY), ("1;2", None),
+    ],
+)  # fmt: skip
+def test_retry_after_is_read_whatever_it_is(text: str | None, seconds: float | None) -> None:
+    assert read_retry_after_s(text, 1_700_000_000_000_000) == seconds
+
+
+@pytest.mark.parametrize("asked", [float("nan"), float("-inf"), -1e300, float("inf"), 1e300, 0.0])
+def test_no_retry_after_breaks_the_next_try(asked: float) -> None:
+    wait = next_try_s(schedule_for("x", None, "webhook"), 1, 0.5, asked)
+    assert 5 <= wait <= DAY

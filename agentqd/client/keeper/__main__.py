@@ -68,7 +68,8 @@ def _listen(path: str) -> socket.socket:
 
 def _close_inherited(ready: int) -> None:
     """A lock or a pipe that the verb's own caller left open must not live as long as we do."""
-    top = min(os.sysconf("SC_OPEN_MAX"), FDS_MAX)
+    limit = os.sysconf("SC_OPEN_MAX")  # -1 where there is none
+    top = FDS_MAX if limit < 0 else min(limit, FDS_MAX)
     os.closerange(3, ready)
     os.closerange(ready + 1, top)
 

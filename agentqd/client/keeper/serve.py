@@ -210,7 +210,13 @@ class Keeper:
         folders = await self._probed(session.folders())
         sftp = await self._probed(session.sftp())
         await _say(writer, {"ok": True})
-        await put_prompt(sftp, folders, name, _pieces(reader, size))
+        pieces = _pieces(reader, size)
+        try:
+            await put_prompt(sftp, folders, name, pieces)
+        except Trouble:
+            async for _ in pieces:
+                pass  # a client that is still sending would not hear why
+            raise
         self._heard()
         await _say(writer, {"ok": True, "prompt_ref": name})
 

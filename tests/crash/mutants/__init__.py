@@ -103,12 +103,13 @@ MUTANTS = (
     ),
     Mutant(
         "completions are marked before they are appended",
-        "agentqd/loops/delivery.py",
+        "agentqd/loops/sinkrunner.py",
         '        failpoint("send_begun")\n',
         '        failpoint("send_begun")\n'
+        "        from agentqd.sinks.base import Delivered\n"
         "        said = [Delivered(position=row.entry_seq) for row in batch]\n"
-        "        early = [self._mark(row, outcome, 0) for row, outcome in zip(batch, said)]\n"
-        "        await self.box.journal.commit(lambda tx: self._record(tx, batch, said, early))\n",
+        "        early = [mark_for(row, outcome, self.schedule, 0.0, 0) for row, outcome in zip(batch, said)]\n"
+        "        await self.box.journal.commit(lambda tx: record(tx, self.box, batch, said, early))\n",
         "test_order.py::test_each_step_waits_for_the_one_before",
         "was it marked before it was written",
     ),
@@ -122,7 +123,7 @@ MUTANTS = (
     ),
     Mutant(
         "what is in completions is not read back",
-        "agentqd/loops/delivery.py",
+        "agentqd/loops/sinkrunner.py",
         "            if found:\n",
         "            if not found:\n",
         "test_edges.py::test_edges_21_to_23_a_result_is_in_completions_once[receiver_answered]",

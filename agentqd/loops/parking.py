@@ -1,0 +1,87 @@
+"""Moves of many rows of one sink at once: held while it is disabled, released, woken, expired. Units, a bounded number of rows each."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from agentqd.core.limits import ROWS_A_COMMIT, SINK_ERROR_CHARS_MAX
+from agentqd.core.outbox import RowEvent, RowState
+from agentqd.core.units import format_duration
+from agentqd.loops import sinkmemory
+from agentqd.loops.alerts import alert
+from agentqd.loops.box import Box
+from agentqd.loops.marking import DISABLED, US
+from agentqd.storage import outbox
+from agentqd.storage.outbox import Mark
+from agentqd.storage.transaction import Transaction
+
+_OPEN_ROWS: Final = "SELECT entry_seq, state, attempts FROM outbox WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at IS NOT NULL LIMIT ?"
+_HELD_ROWS: Final = (
+    "SELECT entry_seq FROM outbox WHERE state = 'held' AND sink = ? AND substr(last_error, 1, ?) = ? LIMIT ?"
+)
+_WAKE: Final = (
+    "UPDATE outbox SET due_at = ? WHERE sink = ? AND entry_seq IN (SELECT entry_seq FROM outbox"
+    " WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at > ? ORDER BY due_at LIMIT ?)"
+)
+_EXPIRED: Final = (
+    "SELECT o.entry_seq, o.state, o.attempts, e.delivery_id, t.id FROM outbox o JOIN entries e ON e.seq = o.entry_seq"
+    " LEFT JOIN tasks t ON t.seq = e.task_seq"
+    " WHERE o.state IN ('pending','delivering','retryable') AND o.created_at < ? AND +o.sink = ? ORDER BY o.created_at LIMIT ?"
+)
+
+
+def hold_open(tx: Transaction, sink: str, in_flight: frozenset[int]) -> int:
+    """Hold what is open, but for what is being sent; returns how many. None once the sink is enabled again."""
+    reason = sinkmemory.load(tx, sink).disabled
+    if reason is None:
+        return 0
+    text = f"{DISABLED}{reason}"[:SINK_ERROR_CHARS_MAX]
+    rows = tx.execute(_OPEN_ROWS, (sink, ROWS_A_COMMIT + len(in_flight))).fetchall()
+    marks = [
+        Mark(seq, sink, RowState(state), RowEvent.HELD, attempts, None, None, text)
+        for seq, state, attempts in rows
+        if seq not in in_flight
+    ]
+    held = len(outbox.mark(tx, marks))
+    if held:
+        tx.event(None, "sink_rows_held", sink=sink, count=held)
+    return held
+
+
+def release_disabled(tx: Transaction, sink: str) -> int:
+    """Release what was held because the sink was disabled (not what a person holds); returns how many."""
+    rows = tx.execute(_HELD_ROWS, (sink, len(DISABLED), DISABLED, ROWS_A_COMMIT)).fetchall()
+    for (seq,) in rows:
+        outbox.change_row(tx, seq, sink, RowEvent.RELEASED, due_at=tx.now_us)
+    if rows:
+        tx.event(None, "sink_rows_released", sink=sink, count=len(rows))
+    return len(rows)
+
+
+def wake(tx: Transaction, sink: str) -> int:
+    """Deferred rows become due now; returns how many."""
+    cursor = tx.execute(_WAKE, (tx.now_us, sink, sink, tx.now_us, ROWS_A_COMMIT))
+    return max(0, cursor.rowcount)
+
+
+def expire(
+    tx: Transaction, box: Box, sink: str, lifetime_s: float, why: str | None, in_flight: frozenset[int]
+) -> int:
+    """Rows that wait behind an open breaker past their lifetime are dead letters, told in one alert; returns how many."""
+    rows = tx.execute(_EXPIRED, (tx.now_us - int(lifetime_s * US), sink, ROWS_A_COMMIT)).fetchall()
+    reason = f"not delivered within {format_duration(lifetime_s)}: {why}"[:SINK_ERROR_CHARS_MAX]
+    marks = {
+        seq: Mark(seq, sink, RowState(state), RowEvent.GAVE_UP, attempts, None, None, reason)
+        for seq, state, attempts, _, _ in rows
+        if seq not in in_flight
+    }
+    done = {mark.entry_seq for mark in outbox.mark(tx, marks.values())}
+    first = None
+    for seq, _, _, delivery_id, task_id in rows:
+        if seq in done:
+            first = first or delivery_id
+            tx.event(task_id, "delivery_dead", sink=sink, delivery_id=delivery_id, reason=reason)
+    if first is not None:
+        message = f"{len(done)} deliveries to {sink} are now dead letters, {first} the first: {reason}"
+        alert(tx, box, "dead_letter", message, key=f"{first}:{sink}:expired", not_to=sink, sink=sink)
+    return len(done)
