@@ -257,3 +257,4 @@ def test_a_verb_through_the_keeper_loads_no_ssh_library(one: OneLaptop) -> None:
     loaded = {line.rpartition(b"|")[2].strip() for line in done.stderr.splitlines()}
     assert b"agentqd.client.kept" in loaded
     assert not loaded & {b"asyncssh", b"asyncio", b"yaml", b"msgspec", b"subprocess", b"hashlib", b"ssl"}
+    assert b"agentqd.client.spool" not in loaded  # nothing was ever kept here for this box
