@@ -51,7 +51,7 @@ def find_box(where: Where, env: Mapping[str, str], uid: int, note: Callable[[str
 def remote_box(name: str, env: Mapping[str, str], uid: int, note: Callable[[str], None]) -> Box:
     """A box of the laptop's config, over SSH. Nothing is connected before the first call."""
     from agentqd.client.boxname import ALL_BOXES, check_box_name
-    from agentqd.client.clientid import client_id
+    from agentqd.client.clientid import client_id, contact_of
     from agentqd.client.errors import NoSuchBox
     from agentqd.client.kept import Kept, RemoteQueue
 
@@ -66,12 +66,13 @@ def remote_box(name: str, env: Mapping[str, str], uid: int, note: Callable[[str]
     def folders() -> Folders:
         raise InvalidRequest(f"the folders of box {name} are not on this machine; run this on the box itself")
 
+    consumer = client_id(env)
     return Box(
-        Connection(kept),
+        Connection(kept, contact=contact_of(consumer)),
         lambda: RemoteQueue(kept),
         folders,
         reconnect_s=math.inf,
-        consumer=client_id(env),
+        consumer=consumer,
         name=name,
     )
 

@@ -65,9 +65,9 @@ def find_box(path: str, name: str) -> BoxEntry:
     if near:
         hint = f"did you mean {near[0]}?"
     elif boxes:
-        hint = f"there is {', '.join(list(boxes)[:20])}"
+        hint = f"there is {', '.join(list(boxes)[:20])}."
     else:
-        hint = f"{path} names none"
+        hint = f"{path} names none."
     raise NoSuchBox(f"no box {name[:64]!r}: {hint} Add one: agentqctl box add NAME ssh://USER@HOST", box=name)
 
 

@@ -45,6 +45,14 @@ def client_id(env: Mapping[str, str]) -> str:
         raise AgentqError(f"cannot write {path}: {error.strerror or error}", code="io_error") from error
 
 
+def contact_of(name: str) -> str | None:
+    """`CLIENT_ID HOSTNAME`, as the box understands it (docs/api.md); None where one of them cannot be said in it."""
+    host = os.uname().nodename
+    if "." in name or not host or not NAME_CHARS.issuperset(host):
+        return None
+    return f"{name} {host}"
+
+
 def _read(path: str) -> str:
     with open(path, encoding="utf-8", errors="replace") as file:
         name = file.read(256).strip()

@@ -12,6 +12,7 @@ from agentqd.client.http import Answer, exchange, make_target
 
 REQUEST_TIMEOUT_S = 30.0
 LONG_POLL_S = 25.0
+CONTACT_HEADER = "AgentQ-Client"
 
 Query = dict[str, str | int | None]
 Object = dict[str, Any]
@@ -21,9 +22,13 @@ T = TypeVar("T")
 class Connection:
     """Calls over a transport. Stateless: a daemon may be restarted between two calls."""
 
-    def __init__(self, transport: Transport, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
+    def __init__(
+        self, transport: Transport, timeout_s: float = REQUEST_TIMEOUT_S, contact: str | None = None
+    ) -> None:
+        """`contact`: who calls, told with every request (`clientid.contact_of`): the box tries what waits for us at once."""
         self.transport = transport
         self.timeout_s = timeout_s
+        self.contact = contact
 
     def get(self, *path: str, query: Query | None = None, extra_s: float = 0.0) -> Object:
         """The decoded answer, always an object. `extra_s`: how long the server may sit on it (long poll). Raises AgentqError."""
@@ -66,6 +71,8 @@ class Connection:
     ) -> Answer:
         target = make_target(path, query)
         timeout_s = self.timeout_s + extra_s
+        if self.contact is not None:
+            headers = {CONTACT_HEADER: self.contact, **(headers or {})}
         answer = exchange(self.transport, method, target, body=body, timeout_s=timeout_s, headers=headers)
         if answer.status < 300:
             return answer

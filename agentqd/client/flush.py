@@ -304,4 +304,4 @@ class FlushingTransport:
 def flushing(box: Box, spool: Spool, tell: Callable[[Report], None]) -> Box:
     """The same box; each contact flushes its spool first."""
     through = FlushingTransport(box, spool, tell)
-    return box._replace(connection=Connection(through, box.connection.timeout_s))
+    return box._replace(connection=Connection(through, box.connection.timeout_s, box.connection.contact))

@@ -133,6 +133,7 @@ class Keeper:
         """Logged in: no key of the terminal and no hangup ends us any more. (Before it, Ctrl-C ends verb and keeper.)"""
         with suppress(OSError):
             os.setsid()
+        os.chdir("/")  # the folder that the verb was started in may be unmounted
         if self._tty is not None:
             os.close(self._tty)
 
