@@ -38,20 +38,24 @@ class Call:
         first."""
         if self._box is None:
             self._box = self.bare_box
-            if self._may_have_spooled() and (spool := self.spool) is not None:
-                from agentqd.cli.spooled import with_spool
-
-                self._box = with_spool(self, spool, self.bare_box)
+            if self.where.box:
+                self._box = self._spool_first(self._box, self.where.box)
         return self._box
 
-    def _may_have_spooled(self) -> bool:
-        """Nothing was ever kept here for most boxes: then the spool is not even loaded. After `bare_box`, which has checked
-        the name."""
-        if not self.where.box:
-            return False
+    def _spool_first(self, bare: Box, name: str) -> Box:
+        """The box, each contact with which sends what waits here first; the spool is loaded only when something does."""
+        from agentqd.client.connection import Connection
         from agentqd.client.keeperplace import spool_root
+        from agentqd.client.spoolfirst import SpoolFirst
 
-        return os.path.isdir(f"{spool_root(os.environ)}/{self.where.box}")
+        def send() -> None:
+            from agentqd.cli.spooled import send_spooled
+
+            assert self.spool is not None, "a box over SSH has one"
+            send_spooled(self, self.spool)
+
+        through = SpoolFirst(bare.connection.transport, f"{spool_root(os.environ)}/{name}", send)
+        return bare._replace(connection=Connection(through, bare.connection.timeout_s))
 
     @property
     def bare_box(self) -> Box:
