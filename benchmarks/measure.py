@@ -19,7 +19,9 @@ class Row:
     unit: str
     limit: float | None = None
     better: Literal["lower", "higher"] = "lower"
-    relative: bool = True  # the limit is for ours / floor
+    judged: Literal["ratio", "difference", "value"] = (
+        "ratio"  # the limit is for ours / floor, ours - floor, ours
+    )
     note: str = ""
     detail: dict[str, Any] = field(default_factory=dict)
 
@@ -28,8 +30,12 @@ class Row:
         return None if self.floor is None else self.ours / self.floor
 
     @property
+    def difference(self) -> float | None:
+        return None if self.floor is None else self.ours - self.floor
+
+    @property
     def met(self) -> bool | None:
-        value = self.ratio if self.relative else self.ours
+        value = {"ratio": self.ratio, "difference": self.difference, "value": self.ours}[self.judged]
         if self.limit is None or value is None:
             return None
         return value <= self.limit if self.better == "lower" else value >= self.limit

@@ -24,7 +24,7 @@ def measure(folder: Path, seconds: float) -> list[Row]:
     note = f"of one core, over {lasted:.0f} s"
     return [
         Row(
-            "at rest: CPU of both", None, sum(used.values()), "%", 0.2, relative=False, note=note, detail=used
+            "at rest: CPU of both", None, sum(used.values()), "%", 0.2, judged="value", note=note, detail=used
         ),
         Row(
             "at rest: memory of the daemon",
@@ -32,7 +32,7 @@ def measure(folder: Path, seconds: float) -> list[Row]:
             memory["daemon"],
             "MB",
             60.0,
-            relative=False,
+            judged="value",
             note="resident",
         ),
         Row(
@@ -41,7 +41,7 @@ def measure(folder: Path, seconds: float) -> list[Row]:
             memory["supervisor"],
             "MB",
             25.0,
-            relative=False,
+            judged="value",
             note="resident",
         ),
     ]

@@ -110,9 +110,9 @@ def _restart(full: Box, with_many: str) -> list[Row]:
             max(took),
             "s",
             3.0,
-            relative=False,
+            judged="value",
             note=f"slowest of {RESTARTS}",
             detail={"took_s": took},
         ),
-        Row(f"{with_many}: memory of the daemon", None, memory, "MB", 200.0, relative=False, note="resident"),
+        Row(f"{with_many}: memory of the daemon", None, memory, "MB", 200.0, judged="value", note="resident"),
     ]

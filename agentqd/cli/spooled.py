@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 from agentqd.cli.verb import Call
-from agentqd.client.box import Box
-from agentqd.client.flush import Report, flush_spool, flushing, may_pass
+from agentqd.client.errors import BoxUnreachable
+from agentqd.client.flush import Report, flush_spool, may_pass
 from agentqd.client.patience import WAIT_FIRST_S
 from agentqd.client.spool import Spool
 from agentqd.client.spooling import spooled_view
@@ -18,9 +18,12 @@ LOOK_MAX_S = 5.0
 UNREAD_MAX_S = 60.0  # a line in the queue file is read in milliseconds; a daemon that starts takes seconds
 
 
-def with_spool(call: Call, spool: Spool, bare: Box) -> Box:
-    """The box, each contact with which flushes the spool first and tells of it."""
-    return flushing(bare, spool, lambda report: tell_report(call, spool, report))
+def send_spooled(call: Call, spool: Spool) -> None:
+    """Flushes the spool and tells of it. Raises BoxUnreachable."""
+    report = flush_spool(call.bare_box, spool)
+    tell_report(call, spool, report)
+    if isinstance(report.stopped, BoxUnreachable):
+        raise report.stopped
 
 
 def tell_report(call: Call, spool: Spool, report: Report) -> None:

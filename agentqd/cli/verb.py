@@ -38,11 +38,24 @@ class Call:
         first."""
         if self._box is None:
             self._box = self.bare_box
-            if self.spool is not None and os.path.isdir(self.spool.folder):
-                from agentqd.cli.spooled import with_spool
-
-                self._box = with_spool(self, self.spool, self.bare_box)
+            if self.where.box:
+                self._box = self._spool_first(self._box, self.where.box)
         return self._box
+
+    def _spool_first(self, bare: Box, name: str) -> Box:
+        """The box, each contact with which sends what waits here first; the spool is loaded only when something does."""
+        from agentqd.client.connection import Connection
+        from agentqd.client.keeperplace import spool_root
+        from agentqd.client.spoolfirst import SpoolFirst
+
+        def send() -> None:
+            from agentqd.cli.spooled import send_spooled
+
+            assert self.spool is not None, "a box over SSH has one"
+            send_spooled(self, self.spool)
+
+        through = SpoolFirst(bare.connection.transport, f"{spool_root(os.environ)}/{name}", send)
+        return bare._replace(connection=Connection(through, bare.connection.timeout_s))
 
     @property
     def bare_box(self) -> Box:
@@ -56,8 +69,8 @@ class Call:
         """What waits here for the box; none for a daemon on this machine."""
         if not self.where.box:
             return None
+        from agentqd.client.keeperplace import spool_root
         from agentqd.client.spool import Spool
-        from agentqd.client.spoolfolder import spool_root
 
         return Spool(spool_root(os.environ), self.where.box, self._check_known)
 

@@ -15,9 +15,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from agentqd.client.box import Box, is_absent
-from agentqd.client.channel import Channel, Transport
-from agentqd.client.connection import Connection, Object
-from agentqd.client.errors import AnswerLost, BoxUnreachable
+from agentqd.client.connection import Object
+from agentqd.client.errors import AnswerLost
 from agentqd.client.spool import Damaged, Entry, Head, Kept, Spool
 from agentqd.client.tasks import put_line
 from agentqd.core.errors import (
@@ -273,35 +272,3 @@ def flush_spool(box: Box, spool: Spool, wait_s: float = 0.0) -> Report:
         return Report()
     with spool.sending(wait_s) as ours:
         return Flush(box, spool).run() if ours else Report(busy=True)
-
-
-class FlushingTransport:
-    """A way to the box that first sends what waits for it. Costs one listdir when nothing does."""
-
-    def __init__(self, box: Box, spool: Spool, tell: Callable[[Report], None]) -> None:
-        self._box = box
-        self._spool = spool
-        self._tell = tell
-
-    @property
-    def name(self) -> str:
-        return self._box.connection.transport.name
-
-    @property
-    def inner(self) -> Transport:
-        return self._box.connection.transport
-
-    def open(self) -> Channel:
-        if not self._spool.is_empty():
-            report = flush_spool(self._box, self._spool)
-            self._tell(report)
-            stopped = report.stopped
-            if isinstance(stopped, BoxUnreachable):
-                raise stopped  # nothing of this request was sent either; no second wait to learn the same
-        return self._box.connection.transport.open()
-
-
-def flushing(box: Box, spool: Spool, tell: Callable[[Report], None]) -> Box:
-    """The same box; each contact flushes its spool first."""
-    through = FlushingTransport(box, spool, tell)
-    return box._replace(connection=Connection(through, box.connection.timeout_s, box.connection.contact))

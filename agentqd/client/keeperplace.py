@@ -34,6 +34,11 @@ def state_folder(env: Mapping[str, str]) -> str:
     return f"{_xdg(env, 'XDG_STATE_HOME', '.local/state')}/agentqctl"
 
 
+def spool_root(env: Mapping[str, str]) -> str:
+    """The folder of the spools: one of each box, if anything was ever kept for it."""
+    return f"{state_folder(env)}/spool"
+
+
 def find_place(box: str, env: Mapping[str, str], uid: int) -> Place:
     """The keeper's files; the folder is made, and is ours alone. Raises NotPermitted where it is somebody else's.
 

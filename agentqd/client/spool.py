@@ -29,6 +29,7 @@ from agentqd.client.boxname import check_box_name
 from agentqd.client.connection import encode_json
 from agentqd.client.errors import NoSuchBox
 from agentqd.client.ids import new_task_id, now_text
+from agentqd.client.spoolfirst import SETTLED, may_wait
 from agentqd.core.errors import AgentqError, RefusedForNow, StateFolderError
 from agentqd.core.limits import CONTROL_BODY_BYTES_MAX, MIB, SPOOL_BYTES_MAX, SPOOL_ENTRIES_MAX
 
@@ -112,8 +113,7 @@ class Spool:
 
     def is_empty(self) -> bool:
         """Nothing to send and nothing to set aside: one listdir."""
-        names = _names(self.folder)
-        return all(_is_ours(name) and not _NAME.fullmatch(name) for name in names)
+        return not may_wait(self.folder)
 
     def refused(self) -> list[Entry]:
         return _entries(self.refused_folder)
@@ -333,7 +333,7 @@ def _entries(folder: str) -> list[Entry]:
 
 
 def _is_ours(name: str) -> bool:
-    return name.startswith(".") or name in ("refused", "damaged") or _NAME.fullmatch(name) is not None
+    return name.startswith(".") or name in SETTLED or _NAME.fullmatch(name) is not None
 
 
 def _written(head: Head, body: bytes) -> bytes:

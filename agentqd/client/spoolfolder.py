@@ -6,20 +6,13 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Mapping
 
 from agentqd.client.boxname import check_box_name
-from agentqd.client.keeperplace import state_folder
 from agentqd.core.errors import StateFolderError
 
 FOLDER_MODE = 0o700
 FILE_MODE = 0o600
 FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def spool_root(env: Mapping[str, str]) -> str:
-    """The folder that has one of each box."""
-    return f"{state_folder(env)}/spool"
 
 
 def spooled_boxes(root: str) -> list[str]:

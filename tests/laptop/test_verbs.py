@@ -246,7 +246,7 @@ def test_all_boxes_at_once_and_an_absent_one_hides_none(one: OneLaptop) -> None:
 
 
 def test_a_verb_through_the_keeper_loads_no_ssh_library(one: OneLaptop) -> None:
-    one.ok("status")
+    one.ok("submit", "true")  # from now on there is a spool folder
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *CTL[1:], "--box", "box", "status"],
         capture_output=True,
@@ -257,3 +257,5 @@ def test_a_verb_through_the_keeper_loads_no_ssh_library(one: OneLaptop) -> None:
     loaded = {line.rpartition(b"|")[2].strip() for line in done.stderr.splitlines()}
     assert b"agentqd.client.kept" in loaded
     assert not loaded & {b"asyncssh", b"asyncio", b"yaml", b"msgspec", b"subprocess", b"hashlib", b"ssl"}
+    assert b"agentqd.client.spoolfirst" in loaded
+    assert b"agentqd.client.spool" not in loaded  # nothing waits in it

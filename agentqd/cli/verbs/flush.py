@@ -9,8 +9,9 @@ from agentqd.cli.spooled import tell_report
 from agentqd.cli.verb import Call, verb
 from agentqd.client.box import Where, find_box
 from agentqd.client.flush import Report, flush_spool
+from agentqd.client.keeperplace import spool_root
 from agentqd.client.spool import Spool
-from agentqd.client.spoolfolder import spool_root, spooled_boxes
+from agentqd.client.spoolfolder import spooled_boxes
 from agentqd.core.errors import AgentqError
 
 

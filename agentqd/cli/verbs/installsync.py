@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import click
 
 from agentqd.cli.verb import Call, verb
+from agentqd.client.keeperplace import spool_root
 from agentqd.client.spool import Spool
-from agentqd.client.spoolfolder import spool_root
 from agentqd.core.errors import AgentqError
 
 UNIT = "agentqctl-flush"

@@ -11,8 +11,9 @@ import click
 from agentqd.cli.output import Cell, Column
 from agentqd.cli.text import age
 from agentqd.cli.verb import Call, Family, verb
+from agentqd.client.keeperplace import spool_root
 from agentqd.client.spool import Damaged, Spool
-from agentqd.client.spoolfolder import spool_root, spooled_boxes
+from agentqd.client.spoolfolder import spooled_boxes
 from agentqd.client.spooling import SEND_WAIT_S
 from agentqd.core.errors import NoSuchTask, RefusedForNow
 
