@@ -52,6 +52,7 @@ def submit_spooled(box: Box, spool: Spool, fields: dict[str, Any], tell: Tell) -
         "duplicate": True if kept.adopted else None,
         "where": "spool",
         "box": spool.box,
+        "reason": why.code,
         "message": why.message,
     }
 

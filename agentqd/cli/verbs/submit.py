@@ -10,6 +10,7 @@ import click
 
 from agentqd.cli.ends import follow_to_the_end, say_end
 from agentqd.cli.verb import Call, verb
+from agentqd.client.errors import BoxUnreachable
 from agentqd.client.ids import check_text, name_from, new_task_id, now_text
 from agentqd.client.tasks import exit_code_of, submit_task, wait_for
 from agentqd.core.errors import AgentqError, InvalidTask
@@ -260,16 +261,12 @@ def _say(call: Call, answer: dict[str, Any], *, to_stderr: bool) -> None:
         call.out.line(task_id)
     if answer.get("where") == "queue_file":
         where = answer.get("queue_file")
-        if call.spool is None:
-            call.out.note(f"agentqd does not answer: appended to {where}, read when it runs")
-        else:
-            call.out.note(
-                f"queued on the disk of {call.spool.box} ({where}): its daemon is down, and reads it when it runs"
-            )
+        box = "" if call.spool is None else f"{call.spool.box}: "
+        call.out.note(f"queued on disk, the daemon is down ({box}{where}); it is read when the daemon runs")
     elif answer.get("where") == "spool":
-        call.out.note(
-            f"spooled here, {answer.get('box')} has not taken it yet ({answer.get('message')}); the next contact sends it"
-        )
+        away = answer.get("reason") == BoxUnreachable.code
+        why = "the box is not reachable" if away else f"{answer.get('box')} has not taken it yet"
+        call.out.note(f"spooled here, {why} ({answer.get('message')}); the next contact sends it")
     elif answer.get("duplicate"):
         call.out.note(
             f"a duplicate: this task was taken before and is {answer.get('result') or answer.get('state')}"
