@@ -44,7 +44,6 @@ class Call:
 
     def _spool_first(self, bare: Box, name: str) -> Box:
         """The box, each contact with which sends what waits here first; the spool is loaded only when something does."""
-        from agentqd.client.connection import Connection
         from agentqd.client.keeperplace import spool_root
         from agentqd.client.spoolfirst import SpoolFirst
 
@@ -55,7 +54,7 @@ class Call:
             send_spooled(self, self.spool)
 
         through = SpoolFirst(bare.connection.transport, f"{spool_root(os.environ)}/{name}", send)
-        return bare._replace(connection=Connection(through, bare.connection.timeout_s))
+        return bare._replace(connection=bare.connection.through(through))
 
     @property
     def bare_box(self) -> Box:

@@ -33,6 +33,10 @@ class Connection:
         self.timeout_s = timeout_s
         self.contact = contact
 
+    def through(self, transport: Transport) -> Connection:
+        """The same, another way."""
+        return Connection(transport, self.timeout_s, self.contact)
+
     def get(self, *path: str, query: Query | None = None, extra_s: float = 0.0) -> Object:
         """The decoded answer, always an object. `extra_s`: how long the server may sit on it (long poll). Raises AgentqError."""
         return self._call("GET", path, query or {}, None, extra_s)

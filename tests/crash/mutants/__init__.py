@@ -42,9 +42,9 @@ MUTANTS = (
     Mutant(
         "a submit is answered before its commit",
         "agentqd/control/submit.py",
-        "        outcome = await room.box.journal.commit(lambda tx: _decide(tx, room, candidate))\n",
+        "        settled = await room.box.journal.commit(lambda tx: _decide(tx, room, candidate))\n",
         "        room.box.journal.submit(lambda tx: _decide(tx, room, candidate))\n"
-        "        outcome = Accepted(candidate.new.id, 0, next(iter(WAITING_STATES)))\n",
+        "        settled = Settled(Accepted(candidate.new.id, 0, State.QUEUED), None, None, None)\n",
         "test_order.py::test_a_submit_is_answered_after_its_commit",
         "the answer",
     ),
