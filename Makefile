@@ -17,7 +17,8 @@ check: setup ## format, lint, types, import rules, unit tests: under a minute
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
 	@.venv/bin/lint-imports
-	@base=$$(mktemp -d /tmp/aq-XXXXXX) && env -u PYTHONDONTWRITEBYTECODE PYTHONHASHSEED=0 $(PY) -m pytest -q -n 2 --dist loadgroup --basetemp="$$base" \
+	@$(PY) -m compileall -q agentqd
+	@base=$$(mktemp -d /tmp/aq-XXXXXX) && PYTHONDONTWRITEBYTECODE=1 PYTHONHASHSEED=0 $(PY) -m pytest -q -n 2 --dist loadgroup --basetemp="$$base" \
 	  -m "not real and not root and not systemd and not image" && rm -rf "$$base"
 
 test: ## everything (script/test): as root it also boots systemd and builds the image

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 
+PRIVATE_MODE = 0o700
 _FULLFSYNC = getattr(fcntl, "F_FULLFSYNC", None)
 
 
@@ -19,12 +21,31 @@ def fsync_file(fd: int) -> None:
 
 
 def fsync_folder(path: str) -> None:
-    """The names in this folder are on the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """The names in this folder are on the disk. One that is closed to us is not ours (a parent that was there before): its
+    names are its owner's concern."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        return
     try:
         fsync_file(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that syncs no folders
+            raise
     finally:
         os.close(fd)
+
+
+def make_private_folder(path: str) -> None:
+    """The folder with its parents, each entry durable; those that are made here are private."""
+    try:
+        os.mkdir(path, PRIVATE_MODE)
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        make_private_folder(os.path.dirname(path))
+        os.mkdir(path, PRIVATE_MODE)
+    fsync_folder(os.path.dirname(path) or ".")
 
 
 def write_durably(path: str, content: bytes) -> None:

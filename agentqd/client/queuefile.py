@@ -16,11 +16,11 @@ import os
 import stat
 from typing import Protocol
 
+from agentqd.client.durable import fsync_folder, make_private_folder
 from agentqd.core.errors import AgentqError, NotPermitted, RefusedForNow, StateFolderError
 from agentqd.core.folders import Folders
 from agentqd.core.limits import MIB
 
-FOLDER_MODE = 0o700
 FILE_MODE = 0o600
 SHORT_WRITES_MAX = 5
 LINE_BYTES_USUAL_MAX = 1 * MIB  # the daemon's default limits.line_bytes_max; longer prompts go to prompts/
@@ -67,7 +67,7 @@ class QueueFile:
             finally:
                 os.close(fd)
             if fresh:
-                _sync_folder(self.folders.queue)
+                fsync_folder(self.folders.queue)
         except OSError as error:
             raise self._explained(error) from error
 
@@ -75,7 +75,7 @@ class QueueFile:
         """Stores a payload too long for a line below prompts/ (fsync, rename); its path for `prompt_ref`."""
         name = f"{task_id}.prompt"
         try:
-            _make_folder(self.folders.prompts)
+            make_private_folder(self.folders.prompts)
             draft = f"{self.folders.prompts}/.{name}.{os.getpid()}"
             fd = os.open(
                 draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE
@@ -85,7 +85,7 @@ class QueueFile:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(draft, f"{self.folders.prompts}/{name}")
-            _sync_folder(self.folders.prompts)
+            fsync_folder(self.folders.prompts)
         except OSError as error:
             raise self._explained(error) from error
         return name
@@ -95,8 +95,8 @@ class QueueFile:
         try:
             fd, fresh = os.open(self.path, flags), False
         except FileNotFoundError:
-            _make_folder(self.folders.state)
-            _make_folder(self.folders.queue)
+            make_private_folder(self.folders.state)
+            make_private_folder(self.folders.queue)
             fd, fresh = os.open(self.path, flags | os.O_CREAT, FILE_MODE), True
         except PermissionError:
             fd, fresh = (
@@ -138,29 +138,3 @@ def _ends_a_line(fd: int) -> bool:
         return os.pread(fd, 1, size - 1) in (b"\n", b"")
     except OSError:
         return False
-
-
-def _make_folder(path: str) -> None:
-    """The folder with its parents, private, each entry durable."""
-    try:
-        os.mkdir(path, FOLDER_MODE)
-    except FileExistsError:
-        return
-    except FileNotFoundError:
-        _make_folder(os.path.dirname(path))
-        os.mkdir(path, FOLDER_MODE)
-    _sync_folder(os.path.dirname(path) or ".")
-
-
-def _sync_folder(path: str) -> None:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:
-        return  # not ours (a parent that was there before): its entries are its owner's concern
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(fd)

@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 from agentqd.client import spoolfolder
 from agentqd.client.boxname import check_box_name
 from agentqd.client.connection import encode_json
+from agentqd.client.durable import fsync_folder, make_private_folder
 from agentqd.client.errors import NoSuchBox
 from agentqd.client.ids import new_task_id, now_text
 from agentqd.client.spoolfirst import SETTLED, may_wait
@@ -153,7 +154,7 @@ class Spool:
         """A new last entry, durable, attended to by the caller. Raises AgentqError (then there is none)."""
         head = Head(kind, task_id, name, now_text(), new_task_id(), unsent)
         try:
-            spoolfolder.make_folder(self.folder)
+            make_private_folder(self.folder)
             spoolfolder.check_ours(self.folder)
             draft = f"{self.folder}/.{head.key}.draft"
             fd = spoolfolder.write_whole(draft, _written(head, body))
@@ -176,7 +177,7 @@ class Spool:
                 raise RefusedForNow(f"another agentqctl has held {self.folder}/.adding for {ADD_WAIT_S:g} s")
             entry = Entry(self._next_seq(more_bytes), task_id)
             os.rename(draft, f"{self.folder}/{entry.file}")
-            spoolfolder.sync_folder(self.folder)
+            fsync_folder(self.folder)
         return entry
 
     def adopt(self, entry: Entry) -> Kept | None:
@@ -238,13 +239,13 @@ class Spool:
         """Kept in `refused/` with the box's word, and no longer sent. Raises AgentqError."""
         told = {"at": now_text(), **{name: error.as_json()[name] for name in ("error", "message")}}
         try:
-            spoolfolder.make_folder(self.refused_folder)
+            make_private_folder(self.refused_folder)
             draft = f"{self.refused_folder}/.{head.key}.draft"
             with suppress(FileNotFoundError):
                 os.unlink(draft)
             os.close(spoolfolder.write_whole(draft, _written(head._replace(error=told), body)))
             os.rename(draft, f"{self.refused_folder}/{entry.file}")
-            spoolfolder.sync_folder(self.refused_folder)
+            fsync_folder(self.refused_folder)
         except OSError as failure:
             raise self._explained(failure) from failure
         self.remove(entry)
@@ -256,7 +257,7 @@ class Spool:
         plain = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".")[:80]
         kept = f"{self.damaged_folder}/{new_task_id()}-{plain}"
         try:
-            spoolfolder.make_folder(self.damaged_folder)
+            make_private_folder(self.damaged_folder)
             os.rename(f"{self.folder}/{name}", kept)
         except OSError as error:
             raise self._explained(error) from error
