@@ -1,7 +1,7 @@
 """The life of one attempt: folder, spawn, clocks, end, exit.json.
 
 Invariants:
-1. Nothing is forked before `started` exists, created with O_EXCL: whoever creates it is the only one who ever runs it.
+1. Nothing is forked before `started` exists, renamed into place with RENAME_NOREPLACE: whoever does that is the only one who ever runs it.
 2. After a signal of ours only the first intent counts; an end before any signal of ours is the worker's own.
 3. exit.json is written and Exited is told only when the whole tree is gone.
 """
