@@ -8,9 +8,9 @@ from pathlib import Path
 
 from msgspec import inspect
 
-from agentqd.core.config_rules import _KEYS, READY_SINK_TYPES
 from agentqd.core.config_schema import config_schema, settings_as_json
 from agentqd.core.settings import Runner, Settings, Sink
+from agentqd.core.sink_rules import _KEYS, READY_SINK_TYPES
 
 SHIPPED = Path(__file__).parents[2] / "config" / "agentqd.yaml"
 

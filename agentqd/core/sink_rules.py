@@ -1,0 +1,115 @@
+"""Rules of the config for one sink: which options its type needs and has, and what they may be. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import msgspec
+
+from agentqd.core.config_problem import Problem, at_least_one, nearest
+from agentqd.core.routing import COMPLETIONS, REJECTED
+from agentqd.core.settings import SINK_TYPES, Sink
+
+Key = tuple[str | int, ...]
+_WORD: Final = re.compile(r"[A-Za-z0-9_\[\]:.%@][A-Za-z0-9_\[\]:.%@+-]{0,254}")
+READY_SINK_TYPES: Final = (  # those that have a plug
+    "file",
+    "command",
+    "ssh",
+)
+_COMMON: Final = frozenset(
+    {"type", "timeout", "backoff", "backoff_max", "lifetime", "concurrency", "ordered"}
+)
+_KEYS: Final[dict[str, tuple[frozenset[str], frozenset[str]]]] = {  # type: (needed, allowed besides)
+    "completions": (frozenset(), frozenset()),
+    "file": (frozenset({"path"}), frozenset()),
+    "command": (frozenset({"command"}), frozenset()),
+    "webhook": (frozenset({"url"}), frozenset({"secret_file", "headers"})),
+    "email": (
+        frozenset({"host", "from"}),
+        frozenset({"port", "tls", "username", "password_file", "to", "allow_to"}),
+    ),
+    "ssh": (
+        frozenset({"host", "path"}),
+        frozenset({"port", "user", "identity_file", "known_hosts", "mode", "peer"}),
+    ),
+    "notify": (frozenset({"urls_file"}), frozenset()),
+}
+
+
+def check_sink(name: str, sink: Sink) -> Iterator[Problem]:
+    """What is wrong with one sink's options, by its type."""
+    key: Key = ("sinks", name)
+    if name in {COMPLETIONS, REJECTED}:
+        yield Problem(key, f"{name} is built in and always there")
+        return
+    if sink.type not in _KEYS:
+        yield Problem((*key, "type"), f"there is no type {sink.type!r}{nearest(sink.type, SINK_TYPES)}")
+        return
+    if sink.type not in READY_SINK_TYPES:
+        ready = ", ".join(READY_SINK_TYPES)
+        yield Problem((*key, "type"), f"the type {sink.type} is not in this version yet; there is {ready}")
+        return
+    needed, allowed = _KEYS[sink.type]
+    given = {field for field in _given(sink) if field not in _COMMON}
+    for field in sorted(needed - given):
+        yield Problem(key, f"a sink of type {sink.type} needs {field}")
+    for field in sorted(given - needed - allowed):
+        types = [each for each, (a, b) in _KEYS.items() if field in a | b]
+        yield Problem(
+            (*key, field), f"a sink of type {sink.type} has no {field} (that is for {', '.join(types)})"
+        )
+    yield from at_least_one((*key, "concurrency"), sink.concurrency)
+    yield from _OF_TYPE.get(sink.type, _check_nothing)(key, sink)
+
+
+def _check_nothing(key: Key, sink: Sink) -> Iterator[Problem]:  # noqa: ARG001
+    yield from ()
+
+
+def _check_file(key: Key, sink: Sink) -> Iterator[Problem]:
+    if sink.path is not None and not sink.path.startswith("/"):
+        yield Problem((*key, "path"), f"{sink.path!r} is not an absolute path")
+
+
+def _check_command(key: Key, sink: Sink) -> Iterator[Problem]:
+    if sink.command is not None and (not sink.command or not sink.command[0]):
+        yield Problem((*key, "command"), "is an argv list; its first item is the program")
+
+
+def _check_ssh(key: Key, sink: Sink) -> Iterator[Problem]:
+    """Its path is that machine's: absolute, or from the home of the user who logs in there."""
+    for name in ("host", "user", "peer"):
+        value = getattr(sink, name)
+        if value is not None and not _WORD.fullmatch(value):
+            yield Problem((*key, name), f"{value!r} is no name")
+    if sink.path is not None and (not sink.path or "\x00" in sink.path or sink.path.startswith("~")):
+        yield Problem(
+            (*key, "path"),
+            f"{sink.path!r} is no path (one without a / at its start begins at the home there)",
+        )
+    if sink.mode == "append" and (sink.path or "").endswith("/"):
+        yield Problem((*key, "path"), f"{sink.path!r} is a folder; mode append needs a file")
+    if sink.port is not None and not 1 <= sink.port <= 65535:
+        yield Problem((*key, "port"), f"{sink.port} is no port")
+    for name in ("identity_file", "known_hosts"):
+        value = getattr(sink, name)
+        if value is not None and not value.startswith("/"):
+            yield Problem((*key, name), f"{value!r} is not an absolute path")
+    if sink.concurrency is not None and sink.concurrency > 1:
+        yield Problem((*key, "concurrency"), "a sink of type ssh sends one at a time")
+
+
+def _given(sink: Sink) -> Iterator[str]:
+    for field in msgspec.structs.fields(sink):
+        if getattr(sink, field.name) is not None:
+            yield field.encode_name
+
+
+_OF_TYPE: Final[dict[str, Callable[[Key, Sink], Iterator[Problem]]]] = {
+    "file": _check_file,
+    "command": _check_command,
+    "ssh": _check_ssh,
+}
