@@ -65,6 +65,12 @@ def check_sink(name: str, sink: Sink) -> Iterator[Problem]:
     yield from _OF_TYPE.get(sink.type, _check_nothing)(key, sink)
 
 
+def secret_place(key: Key, path: str | None) -> Iterator[Problem]:
+    """A secret's file: an absolute path, or a systemd credential."""
+    if path is not None and not path.startswith(("/", "$CREDENTIALS_DIRECTORY/")):
+        yield Problem(key, f"{path!r} is neither an absolute path nor begins with $CREDENTIALS_DIRECTORY/")
+
+
 def _check_nothing(key: Key, sink: Sink) -> Iterator[Problem]:  # noqa: ARG001
     yield from ()
 

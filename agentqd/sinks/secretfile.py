@@ -1,0 +1,74 @@
+"""Secrets come from files, never from the config: read anew for each use, so that an exchanged one counts from the next try on."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Final
+
+from agentqd.core.errors import ConfigError
+
+BYTES_MAX: Final = 64 * 1024
+CREDENTIALS: Final = "$CREDENTIALS_DIRECTORY/"  # systemd.exec(5), LoadCredential=
+_OPEN: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+
+def secret_lines(path: str) -> list[str]:
+    """The file's lines, stripped, without blank ones and comments (`#`); at least one. Raises ConfigError as `secret` does."""
+    lines = [line.strip() for line in _read(path).splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise ConfigError(f"the secret file {_place(path)} is empty")
+    return lines
+
+
+def secret(path: str) -> str:
+    """The first line of a file that holds one secret, as it stands but for its line end.
+
+    `path` is absolute or begins with `$CREDENTIALS_DIRECTORY/`. Raises ConfigError, which names the file and what to do and
+    never its content: missing, unreadable, no regular file, open to every user, too long, not UTF-8, empty.
+    """
+    line = _read(path).split("\n", maxsplit=1)[0].removesuffix("\r")
+    if not line:
+        raise ConfigError(f"the secret file {_place(path)} is empty")
+    return line
+
+
+def _read(path: str) -> str:
+    place = _place(path)
+    try:
+        descriptor = os.open(place, _OPEN)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the secret file {place} cannot be read: {_why(error)}") from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigError(f"the secret file {place} is no regular file")
+        if status.st_mode & 0o007:
+            raise ConfigError(f"the secret file {place} is open to every user of this machine; chmod 600 it")
+        content = os.read(descriptor, BYTES_MAX + 1)
+    except OSError as error:
+        raise ConfigError(f"the secret file {place} cannot be read: {_why(error)}") from error
+    finally:
+        os.close(descriptor)
+    if len(content) > BYTES_MAX:
+        raise ConfigError(f"the secret file {place} is longer than {BYTES_MAX} bytes")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"the secret file {place} is not UTF-8") from None  # the cause would show the bytes
+
+
+def _why(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _place(path: str) -> str:
+    if not path.startswith(CREDENTIALS):
+        return path
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    if not folder:
+        raise ConfigError(
+            f"the secret file {path}: the daemon has no credentials; give its unit a LoadCredential= (systemd.exec(5))"
+        )
+    return folder + path[len(CREDENTIALS) - 1 :]
