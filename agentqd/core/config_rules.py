@@ -44,6 +44,7 @@ def _check_all(settings: Settings) -> Iterator[Problem]:
         yield from _check_name(("queues", name), name)
         yield from at_least_one(("queues", name, "concurrency"), queue.concurrency)
         yield from at_least_one(("queues", name, "waiting_max"), queue.waiting_max)
+        yield from _check_allowed(settings, ("queues", name, "allow_deliver_to"), queue.allow_deliver_to)
         yield from _check_defaults(settings, ("queues", name, "defaults"), queue.defaults)
     for name, runner in settings.runners.items():
         yield from _check_name(("runners", name), name)
@@ -98,11 +99,13 @@ def _check_match(settings: Settings, n: int, match: Match) -> Iterator[Problem]:
         "queue": {"default", *settings.queues},
         "runner": {*ALWAYS_RUNNERS, *settings.runners},
         "result": {each.value for each in Result},
+        "type": {"agentq.task.entry", *(f"agentq.task.{each.value}" for each in Result)},
     }
     for field, names in known.items():
         given = getattr(match, field)
         for name in [given] if isinstance(given, str) else given or ():
-            if name not in names and not set(name) & set("*?["):
+            alert = field == "type" and name.startswith("agentq.alert.")
+            if name not in names and not alert and not set(name) & set("*?["):
                 yield Problem(
                     ("routes", n, "match", field), f"there is no {field} {name!r}{nearest(name, names)}"
                 )
@@ -141,6 +144,13 @@ def _known(settings: Settings, key: tuple[str | int, ...], names: Iterable[str])
             yield Problem(key, f"there is no sink {name!r}{nearest(name, known)}")
 
 
+def _check_allowed(
+    settings: Settings, key: tuple[str | int, ...], allowed: list[str] | None
+) -> Iterator[Problem]:
+    """A plain name that no sink has allows nothing: a typo. Patterns are not looked at."""
+    yield from _known(settings, key, [name for name in allowed or () if not set(name) & set("*?[")])
+
+
 def _check_runner(settings: Settings, name: str, runner: Runner) -> Iterator[Problem]:
     key: tuple[str | int, ...] = ("runners", name)
     if runner.preset is not None and runner.preset not in PRESETS:
@@ -171,4 +181,5 @@ def _check_runner(settings: Settings, name: str, runner: Runner) -> Iterator[Pro
     for n, path in enumerate(runner.env_files):
         if not path.startswith("/"):
             yield Problem((*key, "env_files", n), f"{path!r} is not an absolute path")
+    yield from _check_allowed(settings, (*key, "allow_deliver_to"), runner.allow_deliver_to)
     yield from _check_defaults(settings, (*key, "defaults"), runner.defaults)

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import inspect
 
 from agentqd.core.settings import Settings
-from agentqd.core.units import Backoff, Duration, Size, encode_unit
+from agentqd.core.units import Backoff, Duration, Rate, Size, encode_unit
 
 HIDDEN: Final = "***"
 _DURATION: Final = {
@@ -28,7 +28,17 @@ _SIZE: Final = {
 
 
 _BACKOFF: Final = {"oneOf": [_DURATION, {"type": "array", "items": _DURATION, "minItems": 1}]}
-_CUSTOM: Final[dict[type, dict[str, Any]]] = {Duration: _DURATION, Size: _SIZE, Backoff: _BACKOFF}
+_RATE: Final = {
+    "type": "string",
+    "pattern": r"^\d{1,7}\s*/\s*[smhd]$",
+    "description": "10/s, 100/m, 1000/h, 50/d",
+}
+_CUSTOM: Final[dict[type, dict[str, Any]]] = {
+    Duration: _DURATION,
+    Size: _SIZE,
+    Backoff: _BACKOFF,
+    Rate: _RATE,
+}
 _PLAIN: Final[tuple[tuple[type[inspect.Type], str], ...]] = (
     (inspect.BoolType, "boolean"),
     (inspect.IntType, "integer"),

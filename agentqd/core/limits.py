@@ -22,6 +22,7 @@ MAX_ATTEMPTS_MAX = 1000
 DURATION_MAX_S = 10 * 366 * 86400
 DURATION_MIN_S = 0.001
 SIZE_MAX = 1024**5
+RATE_COUNT_MAX = 1_000_000
 
 # Intake.
 INTAKE_CHUNK_BYTES = 1 * MIB
@@ -65,6 +66,12 @@ PAGE_ROWS = 64  # due rows read from the journal at once (a sink that takes batc
 PAGE_BYTES_MAX = 8 * MIB
 ORDER_WINDOW = 20_000  # entries looked through at once for an ordered sink's next rows
 ROWS_A_COMMIT = 500  # of a sink whose rows are all held, released, expired or woken
+ALERTS_A_GROUP_MAX = (
+    50  # of one kind about one sink (or of all handed-over files) in ALERT_GROUP_S, told one by one
+)
+ALERT_GROUP_S = 3600.0
+TALLY_STEP_S = 10.0  # how finely a sink's rates are counted
+SINK_REASON_CHARS_MAX = 200  # why a person has disabled a sink
 CONTACT_EVERY_S = 10.0  # a peer that contacts us wakes its sinks at most so often
 CONTACT_HEADER_CHARS_MAX = 512
 

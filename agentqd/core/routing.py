@@ -1,8 +1,19 @@
-"""Which sinks an outbox entry goes to: the task's word > the routes > the defaults; `completions` always has results and entries."""
+"""Which sinks an outbox entry goes to: the task's word > the routes > the defaults; `completions` always has results and entries.
+
+Rules of a route:
+1. All that its match names must fit; a list fits by any of its items; `*`, `?`, `[...]` as in file names, case counts.
+2. What a thing does not have, no pattern fits: `result` never matches an entry or an alert (the end is not known yet, or is
+   another thing), `queue` no alert that is about no task, `label` no task without one.
+3. A label is one word of the task's `labels`, compared whole: `team=web` is a word like `nightly`; `team=*` fits it.
+4. Of several routes that fit all sinks are taken, each once. One without `type` never takes alerts: those go where
+   `alerts.deliver_to` says and where a route that names their type leads.
+
+`allow_deliver_to` bounds what a task may choose, never what the config itself says (routes, defaults, alerts).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Final
 
@@ -20,12 +31,37 @@ class Subject(msgspec.Struct, frozen=True):
     type: str
     queue: str = ""
     runner: str = ""
-    result: str = ""
+    result: str = ""  # of a result only
     labels: tuple[str, ...] = ()
+
+
+class Forbidden(msgspec.Struct, frozen=True):
+    """A sink that a task names and may not."""
+
+    sink: str
+    by: str  # "the queue agents"
+    allowed: tuple[str, ...]  # names and patterns; `completions` is always allowed
+
+    def __str__(self) -> str:
+        return f"{self.by} does not allow {self.sink!r}; it allows {', '.join((COMPLETIONS, *self.allowed))}"
 
 
 def known_sink(settings: Settings, name: str) -> bool:
     return name == COMPLETIONS or name in settings.sinks
+
+
+def forbidden(settings: Settings, queue: str, runner: str, names: Iterable[str]) -> Iterator[Forbidden]:
+    """The sinks among `names` that a task of this queue and runner may not choose, each with the first who forbids it."""
+    of_queue, of_runner = settings.queues.get(queue), settings.runners.get(runner)
+    bounds = (
+        (f"the queue {queue}", of_queue.allow_deliver_to if of_queue is not None else None),
+        (f"the runner {runner}", of_runner.allow_deliver_to if of_runner is not None else None),
+    )
+    for name in dict.fromkeys(names):
+        for by, allowed in bounds:
+            if allowed is not None and name != COMPLETIONS and not _one(allowed, (name,)):
+                yield Forbidden(name, by, tuple(allowed))
+                break
 
 
 def sinks_for(
@@ -65,4 +101,4 @@ def _one(wanted: str | list[str] | None, have: tuple[str, ...]) -> bool:
     if wanted is None:
         return True
     patterns = [wanted] if isinstance(wanted, str) else wanted
-    return any(fnmatchcase(item, pattern) for item in have for pattern in patterns)
+    return any(fnmatchcase(item, pattern) for item in have if item for pattern in patterns)

@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from agentqd.core.units import Backoff, Duration, Size
+from agentqd.core.units import Backoff, Duration, Rate, Size
 
 Conflict = Literal["refuse", "queue", "warn"]
 OnLost = Literal["fail", "requeue", "hold"]
@@ -73,6 +73,9 @@ class Queue(Strict, frozen=True):
     on_conflict: Conflict | None = None
     paused: bool = False
     waiting_max: int | None = None  # None: no limit but the disk
+    allow_deliver_to: list[str] | None = (
+        None  # sinks that its tasks may name, `*` as in file names; None: all
+    )
     defaults: Defaults = Defaults()
 
 
@@ -87,6 +90,7 @@ class Runner(Strict, frozen=True):
     result: str | None = (
         None  # result format: text, claude-json, claude-stream-json, codex-jsonl, gemini-json, ...
     )
+    allow_deliver_to: list[str] | None = None  # as a queue's; both must allow
     defaults: Defaults = Defaults()
 
 
@@ -125,10 +129,11 @@ class Sink(Strict, frozen=True):
     lifetime: Duration | None = None
     concurrency: int | None = None
     ordered: bool | None = None
+    rate: Rate | None = None
 
 
 class Match(Strict, frozen=True):
-    """All that are given must match; a list matches any of its items; `*` as in file names."""
+    """All that are given must match; a list matches any of its items; `*` as in file names (core.routing)."""
 
     type: str | list[str] | None = None
     queue: str | list[str] | None = None

@@ -20,7 +20,7 @@ READY_SINK_TYPES: Final = (  # those that have a plug
     "ssh",
 )
 _COMMON: Final = frozenset(
-    {"type", "timeout", "backoff", "backoff_max", "lifetime", "concurrency", "ordered"}
+    {"type", "timeout", "backoff", "backoff_max", "lifetime", "concurrency", "ordered", "rate"}
 )
 _KEYS: Final[dict[str, tuple[frozenset[str], frozenset[str]]]] = {  # type: (needed, allowed besides)
     "completions": (frozenset(), frozenset()),

@@ -10,12 +10,13 @@ import re
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from agentqd.core.limits import DURATION_MAX_S, SIZE_MAX
+from agentqd.core.limits import DURATION_MAX_S, RATE_COUNT_MAX, SIZE_MAX
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _US: Final = timedelta(microseconds=1)
 _DURATION_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|w)")
 _DURATION_UNIT_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_RATE: Final = re.compile(r"(\d{1,7})\s*/\s*([smhd])")
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]i?B?|B)?")
 _SIZE_UNIT: Final = {
     "": 1, "B": 1,
@@ -57,6 +58,42 @@ class Backoff:
         return f"Backoff({self.steps_s!r}, doubles={self.doubles!r})"
 
 
+class Rate:
+    """So many in so long, at most: `10/s`, `100/m`, `1000/h`, `50/d`."""
+
+    __slots__ = ("count", "unit")
+
+    def __init__(self, count: int, unit: str) -> None:
+        self.count = count
+        self.unit = unit
+
+    @property
+    def per_s(self) -> float:
+        return self.count / _DURATION_UNIT_S[self.unit]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rate) and (self.count, self.unit) == (other.count, other.unit)
+
+    def __hash__(self) -> int:
+        return hash((self.count, self.unit))
+
+    def __str__(self) -> str:
+        return f"{self.count}/{self.unit}"
+
+    def __repr__(self) -> str:
+        return f"Rate({self.count!r}, {self.unit!r})"
+
+
+def parse_rate(value: object) -> Rate:
+    """From `10/s`, `100/m`, `1000/h` or `50/d`. Raises ValueError."""
+    found = _RATE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if found is None or not 1 <= int(found[1]) <= RATE_COUNT_MAX:
+        raise ValueError(
+            f"a rate is like 10/s, 100/m, 1000/h or 50/d (1 to {RATE_COUNT_MAX}), not {_shown(value)}"
+        )
+    return Rate(int(found[1]), found[2])
+
+
 def parse_backoff(value: object) -> Backoff:
     """`1s` (doubles from it) or a list (the schedule; its last step repeats). Raises ValueError."""
     if isinstance(value, list):
@@ -74,6 +111,8 @@ def decode_unit(wanted: type, value: Any) -> Any:
         return parse_size(value)
     if wanted is Backoff:
         return parse_backoff(value)
+    if wanted is Rate:
+        return parse_rate(value)
     raise NotImplementedError(f"no decoder for {wanted}")
 
 
@@ -85,6 +124,8 @@ def encode_unit(value: Any) -> Any:
         return int(value)
     if isinstance(value, Backoff):
         return value.steps_s[0] if value.doubles else list(value.steps_s)
+    if isinstance(value, Rate):
+        return str(value)
     raise NotImplementedError(f"no encoder for {type(value)}")
 
 
@@ -155,6 +196,20 @@ def parse_time_us(value: str) -> int:
     except OverflowError:
         raise ValueError(f"a time must lie in the years 1 to 9999 of UTC: {_shown(value)}") from None
     return (moment - _EPOCH) // _US  # whole numbers: a float loses the last microsecond
+
+
+def parse_moment_us(value: str, now_us: int) -> int:
+    """A time as people say it: RFC 3339, or how long ago (`2h`, `30m`). Raises ValueError."""
+    text = value.strip()
+    if re.match(r"\d{4}-", text):
+        return parse_time_us(text)
+    try:
+        ago_s = parse_duration(text)
+    except ValueError:
+        raise ValueError(
+            f"a time is like 2026-04-07T18:30:00Z, or 2h for two hours ago, not {_shown(value)}"
+        ) from None
+    return now_us - int(ago_s * 1_000_000)
 
 
 def format_time(us: int | None) -> str | None:

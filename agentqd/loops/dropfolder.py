@@ -4,7 +4,8 @@ Rules (design, "What a worker hands over before it ends"):
 1. Regular files without a leading dot; opened with O_NOFOLLOW; the name is the key; the first accepted content wins.
 2. A file that somebody may still be writing (a read lease says so) is not taken, unless the attempt has exited by itself.
 3. After a death by signal a file not yet taken counts only if it is a `.json` that parses; others are `incomplete`.
-4. A `.json` that does not parse, names what is not there or reaches outside its folders is `malformed`: set aside, told.
+4. A `.json` that does not parse, is addressed in no way that can be read or reaches outside its folders is `malformed`: set
+   aside, told. A sink that is not there or not allowed costs only its own row (`addressing`).
 5. The content is in our own storage, durable, before the entry is committed.
 
 `scan` is blocking file work (evidence thread); `record` is a journal unit's part.
@@ -23,9 +24,8 @@ import msgspec
 
 from agentqd.core import limits
 from agentqd.core.envelope import delivery_id, seal
-from agentqd.core.resolve import resolve
-from agentqd.core.routing import Subject, known_sink, sinks_for
 from agentqd.core.task import TaskRequest
+from agentqd.loops.addressing import address_of, names_problem, own_sinks, tell_refused
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
 from agentqd.storage import outbox
@@ -208,9 +208,7 @@ def _write(
         "sha256": item.sha256,
         **_content(item),
     }
-    subject = Subject(type_, task.queue, task.runner, "", tuple(request.labels or ()))
-    own = _own_sinks(item)
-    defaults = resolve(request, task.queue, task.runner, box.settings).deliver_to
+    address = address_of(box.settings, task, request, own_sinks(_addressed(item)))
     outbox.add_entry(
         tx,
         outbox.NewEntry(
@@ -223,11 +221,14 @@ def _write(
             type=type_,
             payload=seal(entry_id, type_, box.name, task.id, tx.now_us, data),
             task_id=task.id,
-            sinks=sinks_for(box.settings, subject, own if own is not None else request.deliver_to, defaults),
+            sinks=address.sinks,
             blob=item.blob,
             dead_reason=dead,
+            dead_sinks=address.refused,
         ),
     )
+    if dead is None:
+        tell_refused(tx, box, task, item.key, entry_id, address)
 
 
 def _content(item: Handed) -> dict[str, Any]:
@@ -249,23 +250,13 @@ def _addressed(item: Handed) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _own_sinks(item: Handed) -> list[str] | None:
-    value = (_addressed(item) or {}).get("deliver_to")
-    return [value] if isinstance(value, str) else value
-
-
 def _self_address_problem(item: Handed, box: Box, task: TaskRow, attempt: int) -> str | None:
     """Why a self-addressed entry cannot be taken as it is, or None."""
     fields = _addressed(item)
     if fields is None:
         return None
-    wanted = fields.get("deliver_to")
-    names = [wanted] if isinstance(wanted, str) else wanted
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        return "malformed: deliver_to is not a list of sink names"
-    for name in names or ():
-        if not known_sink(box.settings, name):
-            return f"malformed: deliver_to names no sink of this box: {name[:64]!r}"
+    if (problem := names_problem(fields)) is not None:
+        return problem
     attachments = fields.get("attachments")
     if attachments is not None and "deliver_to" in fields:
         if not (isinstance(attachments, list) and all(isinstance(path, str) for path in attachments)):
@@ -297,6 +288,7 @@ def _set_aside(
         f"entry_{reason}",
         f"what task {task.id} ({task.name}) handed over as {item.key!r} is not sent: {broken}",
         task=task,
+        group="handed_over",
         key=f"{item.key}:{attempt}",
         entry_key=item.key,
         delivery_id=entry_id,
@@ -314,6 +306,7 @@ def _compare(tx: Transaction, box: Box, task: TaskRow, attempt: int, item: Hande
         "entry_conflict",
         f"task {task.id} ({task.name}) handed over {item.key!r} again with other content; the first one stands",
         task=task,
+        group="handed_over",
         key=f"{item.key}:{item.sha256[:16]}",
         entry_key=item.key,
     )

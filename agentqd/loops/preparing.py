@@ -13,7 +13,7 @@ import msgspec
 from agentqd.core.errors import InvalidTask
 from agentqd.core.lifecycle import Event
 from agentqd.core.resolve import Placement, placement, resolve
-from agentqd.core.routing import known_sink
+from agentqd.core.routing import forbidden, known_sink
 from agentqd.core.settings import Conflict, Settings
 from agentqd.core.task import TaskRequest, content_digest, derived_id, prompt_digest, read_task
 from agentqd.core.units import parse_time_us
@@ -45,7 +45,7 @@ def prepare(raw: bytes, source: dict[str, Any], place: bytes, box: Box) -> Candi
     request = read_task(raw)
     settings = box.settings
     where = placement(request, settings)
-    _check_names(request, settings)
+    _check_names(request, where, settings)
     if request.command is not None and not _allows_command(settings, where.runner):
         raise InvalidTask(
             f"command: the runner {where.runner} does not take one; use the runner command, or set allow_command",
@@ -145,7 +145,7 @@ def _default_clocks(settings: Settings) -> bool:
     return any(layer.total_timeout is not None or layer.queue_timeout is not None for layer in layers)
 
 
-def _check_names(request: TaskRequest, settings: Settings) -> None:
+def _check_names(request: TaskRequest, where: Placement, settings: Settings) -> None:
     for name in request.deliver_to or ():
         if not known_sink(settings, name):
             raise InvalidTask(
@@ -153,6 +153,15 @@ def _check_names(request: TaskRequest, settings: Settings) -> None:
                 code="unknown_sink",
                 field="deliver_to",
             )
+    for problem in forbidden(settings, where.queue, where.runner, request.deliver_to or ()):
+        raise InvalidTask(
+            f"deliver_to: {problem}",
+            code="sink_not_allowed",
+            field="deliver_to",
+            sink=problem.sink,
+            forbidden_by=problem.by,
+            allowed=list(problem.allowed),
+        )
 
 
 def _allows_command(settings: Settings, runner: str) -> bool:

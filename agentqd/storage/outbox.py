@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final
 
@@ -70,6 +70,7 @@ class NewEntry(msgspec.Struct):
     task_id: str | None = None
     blob: str | None = None
     dead_reason: str | None = None  # set aside at once: rows are `dead` with this reason
+    dead_sinks: Mapping[str, str] = {}  # likewise, only the rows to these of `sinks`: why
     due_at: int | None = None
 
 
@@ -118,14 +119,14 @@ def add_entry(tx: Transaction, entry: NewEntry) -> int:
         (seq, entry.delivery_id, entry.task_seq, entry.run, entry.attempt, entry.kind, entry.key, entry.type, tx.now_us,
          len(entry.payload), digest, entry.payload, entry.blob),
     )  # fmt: skip
-    dead = entry.dead_reason is not None
-    state = RowState.DEAD if dead else RowState.PENDING
-    due_at = None if dead else entry.due_at or tx.now_us
+    due_at = entry.due_at or tx.now_us
     for sink in entry.sinks:
-        tx.execute(_INSERT_ROW, (seq, sink, state.value, tx.now_us, due_at, entry.dead_reason))
+        why = entry.dead_reason or entry.dead_sinks.get(sink)
+        state = RowState.PENDING if why is None else RowState.DEAD
+        tx.execute(_INSERT_ROW, (seq, sink, state.value, tx.now_us, due_at if why is None else None, why))
         tx.count_outbox(sink, state.value, 1)
-        if not dead:
-            tx.fresh_rows.append((sink, _fresh(tx, entry, seq, sink, digest, due_at or tx.now_us)))
+        if why is None:
+            tx.fresh_rows.append((sink, _fresh(tx, entry, seq, sink, digest, due_at)))
     return seq
 
 

@@ -1,0 +1,81 @@
+"""Where a handed-over entry goes: its own `deliver_to`, else its task's, the routes, the defaults.
+
+What it names itself is a worker's word, and hostile: names are checked before they become rows, and at most so many are
+taken. A sink that is not there (`no_such_sink`) or not allowed (`not_allowed`) gets a row that is dead at once, with the
+reason, and an alert; the entry's other sinks and `completions` get it as usual. A person may still send such a row
+(`outbox retry`): theirs is the last word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+
+from agentqd.core.limits import DELIVER_TO_MAX, SINK_ERROR_CHARS_MAX
+from agentqd.core.resolve import resolve
+from agentqd.core.routing import REJECTED, Subject, forbidden, known_sink, sinks_for
+from agentqd.core.settings import Settings
+from agentqd.core.task import TaskRequest
+from agentqd.loops.alerts import alert
+from agentqd.loops.box import Box
+from agentqd.storage.tasks import TaskRow
+from agentqd.storage.transaction import Transaction
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # as the config's names
+ENTRY_TYPE: Final = "agentq.task.entry"
+
+
+class Address(msgspec.Struct, frozen=True):
+    sinks: list[str]  # all that get a row
+    refused: dict[str, str] = {}  # those of them whose row is dead at once: why
+
+
+def names_problem(fields: Mapping[str, Any]) -> str | None:
+    """Why an entry's `deliver_to` cannot be read at all, or None."""
+    wanted = fields.get("deliver_to")
+    names = [wanted] if isinstance(wanted, str) else wanted
+    if names is None:
+        return None
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        return "malformed: deliver_to is not a list of sink names"
+    if len(names) > DELIVER_TO_MAX:
+        return f"malformed: deliver_to names more than {DELIVER_TO_MAX} sinks"
+    for name in names:
+        if not _NAME.fullmatch(name) or name == REJECTED:
+            return f"malformed: deliver_to: {name[:64]!r} cannot be a sink's name"
+    return None
+
+
+def own_sinks(fields: Mapping[str, Any] | None) -> list[str] | None:
+    """The sinks that an entry names itself, once `names_problem` has found nothing; None: it says nothing."""
+    value = (fields or {}).get("deliver_to")
+    return [value] if isinstance(value, str) else value
+
+
+def address_of(settings: Settings, task: TaskRow, request: TaskRequest, own: list[str] | None) -> Address:
+    """What a task names was checked when it came in, and stands; only an entry's own names are looked at here."""
+    subject = Subject(ENTRY_TYPE, task.queue, task.runner, "", tuple(request.labels or ()))
+    if own is None:
+        defaults = resolve(request, task.queue, task.runner, settings).deliver_to
+        return Address(sinks_for(settings, subject, request.deliver_to, defaults))
+    refused = {
+        name: "no_such_sink: the config has none of this name"
+        for name in own
+        if not known_sink(settings, name)
+    }
+    for problem in forbidden(settings, task.queue, task.runner, own):
+        if problem.sink not in refused:
+            refused[problem.sink] = f"not_allowed: {problem}"[:SINK_ERROR_CHARS_MAX]
+    return Address(sinks_for(settings, subject, own, ()), refused)
+
+
+def tell_refused(tx: Transaction, box: Box, task: TaskRow, key: str, entry_id: str, address: Address) -> None:
+    """An event for each row that is dead at once; one alert for a task and sink, however many entries name it."""
+    for sink, reason in address.refused.items():
+        tx.event(task.id, "delivery_dead", sink=sink, delivery_id=entry_id, reason=reason)
+        message = f"what task {task.id} ({task.name}) handed over as {key!r} is not sent to {sink}: {reason}"
+        alert(tx, box, "sink_refused", message, task=task, group="handed_over", key=f"{sink}:{reason.partition(':')[0]}",
+              not_to=sink, sink=sink, entry_key=key, delivery_id=entry_id)  # fmt: skip
