@@ -31,7 +31,6 @@ class Backlog:
         self._box = box
         self._sink = sink
         self._in_flight = in_flight
-        self._batch_max = batch_max
         self._page_rows = max(PAGE_ROWS, batch_max)
         self._fresh: deque[DueRow] = deque()
         self._fresh_bytes = 0
@@ -95,9 +94,9 @@ class Backlog:
         if not self._page and (self._look or self._is_due()):
             await self._read()
 
-    def take(self) -> list[DueRow]:
-        """The next batch, in the order of entries; empty if nothing is to be sent now."""
-        fresh, page, most = self._fresh, self._page, self._batch_max
+    def take(self, most: int) -> list[DueRow]:
+        """The next batch, of at most so many rows, in the order of entries; empty if nothing is to be sent now."""
+        fresh, page = self._fresh, self._page
         batch: list[DueRow] = []
         mixed = bool(page)
         while len(batch) < most and (fresh or page):

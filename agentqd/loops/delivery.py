@@ -1,8 +1,8 @@
 """Delivery: works from the outbox alone, no worker and no timeout can kill it. One runner a sink; none delays another.
 
-The parts: `sinkrunner` (one sink's loop), `backlog` (what it sends next), `sending` (one batch, made safe), `marking` (what
-became of it, in the journal), `parking` (many rows at once), `sinkmemory` (what outlives a restart); the decisions are
-core's: `retry`, `breaker`, `pace`.
+The parts: `sinkrunner` (one sink's loop), `gate` (may it send now), `backlog` (what it sends next), `sending` (one batch, made safe), `marking` (what
+became of it, in the journal), `parking` (many rows at once), `sinkmemory` (what outlives a restart), `trying` (a person's test); the decisions are
+core's: `retry`, `breaker`, `pace`, `bucket`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from agentqd.core.routing import COMPLETIONS, REJECTED
 from agentqd.core.settings import Sink as SinkSettings
 from agentqd.loops import sinkmemory
 from agentqd.loops.box import Box, Signal
+from agentqd.loops.gate import IDLE_MAX_S
 from agentqd.loops.sinkmemory import SinkMemory
-from agentqd.loops.sinkrunner import IDLE_MAX_S, SinkRunner
+from agentqd.loops.sinkrunner import SinkRunner
 from agentqd.sinks.base import Exec
 from agentqd.storage.outbox import DueRow
 from agentqd.storage.transaction import Transaction
@@ -55,7 +56,7 @@ class DeliveryLoop:
         """A person who has rows of a disabled sink sent again enables it."""
         for name in sent_again:
             runner = self.runners.get(name)
-            if runner is not None and runner.disabled is not None:
+            if runner is not None and runner.disabled_by_receiver:
                 sinkmemory.save(tx, name, SinkMemory())
                 tx.event(None, "sink_enabled", sink=name)
                 tx.after_commit(runner.enable)

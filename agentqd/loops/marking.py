@@ -57,10 +57,10 @@ def record(
                 delivery_id=row.delivery_id,
                 position=outcome.position,
             )
-            if row.attempts:
-                outbox.record_try(tx, row.entry_seq, row.sink, mark.attempts, "delivered", outcome.detail)
+            if row.attempts or outcome.detail is not None:
+                outbox.record_try(tx, row.entry_seq, row.sink, "delivered", outcome.detail)
             continue
-        outbox.record_try(tx, row.entry_seq, row.sink, mark.attempts, mark.event.value, mark.error)
+        outbox.record_try(tx, row.entry_seq, row.sink, mark.event.value, mark.error)
         if mark.event is RowEvent.DEFERRED:
             if row.attempts == 0:
                 tx.event(
@@ -79,11 +79,12 @@ def record(
 
 
 def _bury(tx: Transaction, box: Box, row: DueRow, mark: Mark) -> None:
-    """A dead letter: kept until a person drops it, told over the other sinks."""
+    """A dead letter: kept until a person drops it, told over the other sinks. One that is itself news of a dead letter is
+    only kept, shown and logged: two dead sinks would tell each other of each other for ever."""
     tx.event(row.task_id, "delivery_dead", sink=row.sink, delivery_id=row.delivery_id, reason=mark.error)
     message = f"{row.delivery_id} ({row.type}) was not delivered to {row.sink} and is now a dead letter: {mark.error}"
     alert(tx, box, "dead_letter", message, key=f"{row.delivery_id}:{row.sink}:{mark.attempts}", not_to=row.sink,
-          sink=row.sink, delivery_id=row.delivery_id, about_task=row.task_id)  # fmt: skip
+          group=row.sink, only_kept=row.type == "agentq.alert.dead_letter", sink=row.sink, delivery_id=row.delivery_id, about_task=row.task_id)  # fmt: skip
 
 
 def mark_found(tx: Transaction, sink: str, found: Sequence[Found]) -> None:

@@ -11,6 +11,7 @@ from agentqd.loops import sinkmemory
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
 from agentqd.loops.marking import DISABLED, US
+from agentqd.loops.sinkmemory import SinkMemory, Word
 from agentqd.storage import outbox
 from agentqd.storage.outbox import Mark
 from agentqd.storage.transaction import Transaction
@@ -32,7 +33,7 @@ _EXPIRED: Final = (
 
 def hold_open(tx: Transaction, sink: str, in_flight: frozenset[int]) -> int:
     """Hold what is open, but for what is being sent; returns how many. None once the sink is enabled again."""
-    reason = sinkmemory.load(tx, sink).disabled
+    reason = sinkmemory.load_all(tx, sink).why_disabled
     if reason is None:
         return 0
     text = f"{DISABLED}{reason}"[:SINK_ERROR_CHARS_MAX]
@@ -49,13 +50,42 @@ def hold_open(tx: Transaction, sink: str, in_flight: frozenset[int]) -> int:
 
 
 def release_disabled(tx: Transaction, sink: str) -> int:
-    """Release what was held because the sink was disabled (not what a person holds); returns how many."""
+    """Release what was held because the sink was disabled (not what a person holds); returns how many. Once none is left,
+    the journal says so: a daemon that dies in between goes on releasing. None while it is disabled (again)."""
+    kept = sinkmemory.load_all(tx, sink)
+    if kept.why_disabled is not None:
+        return 0
     rows = tx.execute(_HELD_ROWS, (sink, len(DISABLED), DISABLED, ROWS_A_COMMIT)).fetchall()
     for (seq,) in rows:
-        outbox.change_row(tx, seq, sink, RowEvent.RELEASED, due_at=tx.now_us)
+        outbox.change_row(tx, seq, sink, RowEvent.RELEASED, due_at=tx.now_us, last_error=None)
     if rows:
         tx.event(None, "sink_rows_released", sink=sink, count=len(rows))
+    if len(rows) < ROWS_A_COMMIT and kept.word.releasing:
+        sinkmemory.save_word(tx, sink, Word())
     return len(rows)
+
+
+def begin_anew(tx: Transaction, sink: str, *, release: bool) -> None:
+    """The sink was edited: what its receiver did is forgotten, a person's word is not. `release`: its held rows are to go on."""
+    sinkmemory.save(tx, sink, SinkMemory())
+    word = sinkmemory.load_word(tx, sink)
+    if release and not word.off:
+        sinkmemory.save_word(tx, sink, Word(releasing=True))
+
+
+def disable(tx: Transaction, sink: str, reason: str) -> Word:
+    """A person's word: nothing is sent to this sink, over restarts and edits, until they say `enable`."""
+    word = Word(off=True, at_us=tx.now_us, reason=reason)
+    sinkmemory.save_word(tx, sink, word)
+    tx.event(None, "sink_disabled", sink=sink, by="person", reason=reason)
+    return word
+
+
+def enable(tx: Transaction, sink: str) -> None:
+    """Whoever has disabled it: it is enabled, its breaker closed, and what was held because of it is to be released."""
+    sinkmemory.save(tx, sink, SinkMemory())
+    sinkmemory.save_word(tx, sink, Word(releasing=True))
+    tx.event(None, "sink_enabled", sink=sink)
 
 
 def wake(tx: Transaction, sink: str) -> int:
@@ -83,5 +113,7 @@ def expire(
             tx.event(task_id, "delivery_dead", sink=sink, delivery_id=delivery_id, reason=reason)
     if first is not None:
         message = f"{len(done)} deliveries to {sink} are now dead letters, {first} the first: {reason}"
-        alert(tx, box, "dead_letter", message, key=f"{first}:{sink}:expired", not_to=sink, sink=sink)
+        alert(
+            tx, box, "dead_letter", message, key=f"{first}:{sink}:expired", group=sink, not_to=sink, sink=sink
+        )
     return len(done)

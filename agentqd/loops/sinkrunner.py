@@ -4,7 +4,7 @@ Invariants:
 1. A row is sent until its receiver's word is in the journal; sent again, it has the same id and the same bytes.
 2. What a runner holds in memory (rows in flight) is a hint: lost in a crash, the rows are simply due again.
 3. A plug that raises, hangs or answers nonsense is `Deferred`; it stops neither the loop nor another sink.
-4. While the breaker is open, or the sink disabled, nothing is sent and no row uses an attempt.
+4. While the breaker is open, the sink disabled, or its rate used up (`gate`), nothing is sent and no row uses an attempt.
 """
 
 from __future__ import annotations
@@ -15,22 +15,26 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from agentqd.core.breaker import Breaker, BreakerState
+import msgspec
+
+from agentqd.core.breaker import BreakerState
 from agentqd.core.errors import JournalError
 from agentqd.core.limits import CONTACT_EVERY_S, ROWS_A_COMMIT
 from agentqd.core.outbox import RowEvent
-from agentqd.core.pace import Pace
 from agentqd.core.retry import Schedule
 from agentqd.core.settings import Sink as SinkSettings
+from agentqd.core.tally import Tally
 from agentqd.core.units import format_time
 from agentqd.loops import parking, sinkmemory
 from agentqd.loops.alerts import alert
 from agentqd.loops.backlog import Backlog, OrderedBacklog
 from agentqd.loops.box import Box, Signal
+from agentqd.loops.gate import Gate
 from agentqd.loops.marking import mark_for, mark_found, record
+from agentqd.loops.notices import tell_notices
 from agentqd.loops.sending import send
-from agentqd.loops.sinkmemory import SinkMemory
-from agentqd.sinks.base import Context, Deferred, Disabled, Exec, Outcome, Sink
+from agentqd.loops.sinkmemory import Kept, SinkMemory, Word
+from agentqd.sinks.base import Context, Deferred, Delivered, Disabled, Exec, Outcome, Sink
 from agentqd.sinks.registry import make_sink, schedule_for
 from agentqd.storage import outbox
 from agentqd.storage.outbox import DueRow, Mark
@@ -38,7 +42,6 @@ from agentqd.storage.transaction import Transaction
 from agentqd.system.failpoints import failpoint
 
 US: Final = 1_000_000
-IDLE_MAX_S: Final = 30.0
 _GATHER_S: Final = 0.02
 _OPEN_RETRY_S: Final = (0.2, 1.0, 5.0, 15.0)
 
@@ -63,15 +66,17 @@ class SinkRunner:
         self.kick = Signal()
         self.in_flight: set[int] = set()
         self.last_error: str | None = None
-        self.disabled: str | None = None  # why; until a person acts
+        self.is_open = False
+        self.delivered, self.failed = Tally(), Tally()  # tries, since this runner began
+        self.began_us = box.clock.now_us()
         self._draw = draw
         context = Context(name, settings, box.folders.state, exec_, box.clock.now_us)
-        self._sink: Sink = make_sink(context, int(box.settings.limits.completions_bytes_max))
+        self.plug: Sink = make_sink(context, int(box.settings.limits.completions_bytes_max))
         self._ordered = bool(settings.ordered)
         kind = OrderedBacklog if self._ordered else Backlog
-        self.backlog = kind(box, name, self.in_flight, self._sink.batch_max)
-        self._pace = Pace(1 if self._ordered else self._sink.concurrency)
-        self._breaker = Breaker()
+        self.backlog = kind(box, name, self.in_flight, self.plug.batch_max)
+        most = 1 if self._ordered else self.plug.concurrency
+        self.gate = Gate(most, settings.rate, box.clock.monotonic_s())
         self._kept = SinkMemory()  # as the journal has it
         self._under_way = 0
         self._waits_for_send = False  # the end of a send may let another begin
@@ -94,34 +99,47 @@ class SinkRunner:
                         if not self._may_send():  # a send has failed while the journal was read
                             self.backlog.put_back(batch)
                             continue
+                        self.gate.begin(len(batch), self.box.clock.monotonic_s())
                         self._under_way += 1
                         self.in_flight.update([row.entry_seq for row in batch])
                         sends.create_task(self._send(batch))
                         continue
                     await self.kick.wait(self._idle_s())
         finally:
-            await self._sink.close()
+            await self.plug.close()
 
     # From outside.
 
     def offer(self, rows: list[DueRow], *, look: bool) -> None:
         """After a commit: new rows, and whether there are others to be looked for in the journal."""
         self.backlog.offer(rows, look=look)
-        if self.disabled is not None:
+        if self.gate.why_disabled is not None:
             self._hold_all()
         self.kick.set()
 
     def forget(self) -> None:
-        """A person has held or dropped rows."""
+        """A person has held, dropped or moved rows."""
         self.backlog.forget()
         self.kick.set()
 
-    def enable(self) -> None:
-        """A person has had rows of a disabled sink sent again; the journal knows it already."""
-        self.disabled = None
+    @property
+    def disabled_by_receiver(self) -> bool:
+        """Then a person who has rows sent again enables it. What a person has disabled, `enable` alone does."""
+        return self.gate.disabled is not None and not self.gate.word.off
+
+    def disable(self, word: Word) -> None:
+        """A person's word; the journal knows it already. Its rows are held, some hundred a commit."""
+        self.gate.word = word
+        self._hold_all()
+        self.kick.set()
+
+    def enable(self, *, release: bool = False) -> None:
+        """A person has had rows of a disabled sink sent again, or all (`release`); the journal knows it already."""
+        self.gate.enable()
         self._kept = SinkMemory()
-        self._breaker = Breaker()
         self._chores.clear()
+        if release:
+            self._release_all()
         self.backlog.forget()
         self.kick.set()
 
@@ -134,59 +152,51 @@ class SinkRunner:
         now = self.box.clock.monotonic_s()
         if self._heard_of_s is not None and now < self._heard_of_s + CONTACT_EVERY_S:
             return
-        if self._breaker.state is not BreakerState.OPEN and self.backlog.look_at is None:
+        if self.gate.breaker.state is not BreakerState.OPEN and self.backlog.look_at is None:
             return  # nothing waits for it
         self._heard_of_s = now
-        self._breaker.heard_of(now)
+        self.gate.breaker.heard_of(now)
         self._chores["wake"] = lambda tx: parking.wake(tx, self.name)
         self.kick.set()
 
     def health(self) -> dict[str, Any]:
         """What `status` shows of it."""
-        resting = self._breaker.state is BreakerState.OPEN
-        left_s = self._breaker.open_until_s - self.box.clock.monotonic_s()
+        return self.gate.health(self.box.clock.monotonic_s(), self.box.clock.now_us(), self._under_way)
+
+    def rates(self) -> dict[str, Any]:
+        """How many tries succeeded and failed lately: counted in memory, since `counted_since`."""
+        now = self.box.clock.monotonic_s()
         return {
-            "breaker": "disabled" if self.disabled is not None else self._breaker.state.value,
-            "next_probe_at": format_time(self.box.clock.now_us() + int(max(0.0, left_s) * US))
-            if resting
-            else None,
-            "disabled": self.disabled,
-            "concurrency": self._pace.limit,
-            "in_flight": self._under_way,
+            "delivered": self.delivered.sums(now),
+            "failed": self.failed.sums(now),
+            "counted_since": format_time(self.began_us),
         }
 
     # What may be sent, and when to look again.
 
     def _may_send(self) -> bool:
-        may = (
-            self.disabled is None
-            and self._under_way < self._pace.limit
-            and self._breaker.allows(self.box.clock.monotonic_s(), self._under_way)
-        )
+        may = self.gate.allows(self.box.clock.monotonic_s(), self._under_way)
         self._waits_for_send = not may
         return may
 
     async def _next_batch(self) -> list[DueRow]:
         await self.backlog.refill()
-        if self._sink.batch_max > 1 and (waiting := self.backlog.only_fresh):
+        if self.plug.batch_max > 1 and (waiting := self.backlog.only_fresh):
             await self._gather(waiting)
-        return self.backlog.take()
+        return self.backlog.take(self.gate.most(self.plug.batch_max, self.box.clock.monotonic_s()))
 
     async def _gather(self, waiting: int) -> None:
         """Under load an append sink takes what comes in 20 ms together: its fdatasync costs the whole box, the journal too."""
         now = self.box.clock.monotonic_s()
         wait_s = self._sent_s + _GATHER_S - now
-        if wait_s > 0 and waiting < self._sink.batch_max:
+        if wait_s > 0 and waiting < self.plug.batch_max:
             await asyncio.sleep(wait_s)
         self._sent_s = self.box.clock.monotonic_s()
 
     def _idle_s(self) -> float:
-        waits = [IDLE_MAX_S]
-        if self.disabled is None and self._breaker.state is BreakerState.OPEN:
-            waits.append(self._breaker.open_until_s - self.box.clock.monotonic_s())
-        elif self._under_way < self._pace.limit and self.backlog.look_at is not None:
-            waits.append((self.backlog.look_at - self.box.clock.now_us()) / US)
-        return max(0.001, min(waits))
+        at = self.backlog.look_at
+        look_in_s = None if at is None else (at - self.box.clock.now_us()) / US
+        return self.gate.idle_s(self.box.clock.monotonic_s(), self._under_way, look_in_s)
 
     # Begin.
 
@@ -196,7 +206,7 @@ class SinkRunner:
         while True:
             position, kept = await self.box.journal.read(self._read_kept)
             try:
-                found = await self._sink.open(position)
+                found = await self.plug.open(position)
             except OSError as error:
                 self.last_error = str(error)
                 self.box.log.error("sink_open_failed", sink=self.name, error=str(error))
@@ -206,28 +216,30 @@ class SinkRunner:
             if found:
                 await self.box.journal.commit(functools.partial(mark_found, sink=self.name, found=found))
             await self._remember(kept)
+            self.is_open = True
             return
 
-    def _read_kept(self, connection: sqlite3.Connection) -> tuple[int, SinkMemory]:
-        return outbox.last_position(connection, self.name), sinkmemory.load(connection, self.name)
+    def _read_kept(self, connection: sqlite3.Connection) -> tuple[int, Kept]:
+        return outbox.last_position(connection, self.name), sinkmemory.load_all(connection, self.name)
 
-    async def _remember(self, kept: SinkMemory) -> None:
-        """Take up where the last daemon was; under edited settings everything begins anew, and what was held is released."""
-        if kept == SinkMemory():
-            return
-        if kept.digest == self._digest:
-            self._kept, self.disabled = kept, kept.disabled
-            now = self.box.clock
-            self._breaker = Breaker(kept.breaker_at(now.now_us()), now.monotonic_s())
-            if self._breaker.state is not BreakerState.CLOSED:
-                self._pace.begin_anew()
-            if self.disabled is not None:
-                self.last_error = self.disabled
-                self._hold_all()
-            return
-        await self.box.journal.commit(lambda tx: sinkmemory.save(tx, self.name, SinkMemory()))
-        if kept.disabled is not None:
-            self._chores["release"] = lambda tx: parking.release_disabled(tx, self.name)
+    async def _remember(self, kept: Kept) -> None:
+        """Take up where the last daemon was; under edited settings everything but a person's word and the rate begins anew,
+        and what was held because of the receiver's is released."""
+        same, clock = kept.memory.digest == self._digest, self.box.clock
+        self.gate.resume(kept, clock.monotonic_s(), clock.now_us(), same_settings=same)
+        if same:
+            self._kept = kept.memory
+        elif kept.memory != SinkMemory():
+            release = kept.memory.disabled is not None
+            await self.box.journal.commit(lambda tx: parking.begin_anew(tx, self.name, release=release))
+            kept = msgspec.structs.replace(kept, word=msgspec.structs.replace(kept.word, releasing=release))
+        if self.gate.why_disabled is not None:
+            self.last_error = (
+                f"disabled {self.gate.why_disabled}" if self.gate.word.off else self.gate.disabled
+            )
+            self._hold_all()
+        elif kept.word.releasing:
+            self._release_all()
 
     @functools.cached_property
     def _digest(self) -> str:
@@ -240,6 +252,9 @@ class SinkRunner:
         if moved >= ROWS_A_COMMIT:
             self._chores.setdefault(name, chore)
 
+    def _release_all(self) -> None:
+        self._chores["release"] = lambda tx: parking.release_disabled(tx, self.name)
+
     def _hold_all(self) -> None:
         self._chores["hold"] = lambda tx: parking.hold_open(tx, self.name, frozenset(self.in_flight))
 
@@ -248,12 +263,12 @@ class SinkRunner:
     async def _send(self, batch: list[DueRow]) -> None:
         failpoint("send_begun")
         try:
-            outcomes = await send(self._sink, self.name, batch, self.box.log)
+            outcomes = await send(self.plug, self.name, batch, self.box.log)
         finally:
             self._under_way -= 1
             if self._waits_for_send:
                 self.kick.set()
-        self._tell_notices()
+        tell_notices(self.box, self.name, self.plug)
         now = self.box.clock.now_us()
         marks = [
             mark_for(row, outcome, self.schedule, self._draw(), now)
@@ -261,12 +276,16 @@ class SinkRunner:
         ]
         self.backlog.answered(marks)
         changed = self._learn(outcomes, marks)
+        bucket = self.gate.bucket
+        tokens = None if bucket is None else bucket.memory(self.box.clock.monotonic_s(), now)
         failpoint("receiver_answered")
 
         def unit(tx: Transaction) -> None:
             record(tx, self.box, batch, outcomes, marks)
             if changed is not None:
                 self._keep(tx, changed)
+            if tokens is not None:
+                sinkmemory.save_bucket(tx, self.name, tokens)
 
         future = self.box.journal.submit_lazily(unit)
         future.add_done_callback(lambda done: self._marked(done, batch, marks))
@@ -274,37 +293,41 @@ class SinkRunner:
     def _learn(self, outcomes: Sequence[Outcome], marks: Sequence[Mark]) -> SinkMemory | None:
         """What the outcomes say about the receiver; what is to be kept of it, if that has changed."""
         now = self.box.clock.monotonic_s()
-        was = self._breaker.state
+        gate = self.gate
+        was = gate.breaker.state
+        delivered = sum(isinstance(each, Delivered) for each in outcomes)
+        self.delivered.add(now, delivered)
+        self.failed.add(now, len(outcomes) - delivered)
         if any(isinstance(each, Deferred) and each.connection for each in outcomes):
-            self._breaker.failed(now, self._draw())
+            gate.breaker.failed(now, self._draw())
         else:
-            self._breaker.reached(now)
+            gate.breaker.reached(now)
         if any(isinstance(each, Deferred) for each in outcomes):
-            self._pace.failed()
+            gate.pace.failed()
         else:
-            self._pace.succeeded()
+            gate.pace.succeeded()
         self.last_error = next((mark.error for mark in reversed(marks) if mark.error is not None), None)
         disabled = next((each.reason for each in outcomes if isinstance(each, Disabled)), None)
-        if disabled is None and self._breaker.state is was:
+        if disabled is None and gate.breaker.state is was:
             return None
         if disabled is not None:
-            self.disabled = self.disabled or disabled  # its rows are held once this is in the journal
+            gate.disabled = gate.disabled or disabled  # its rows are held once this is in the journal
         self.kick.set()
-        if self._breaker.state is BreakerState.OPEN:
+        if gate.breaker.state is BreakerState.OPEN:
             self._rest(now)
         elif was is not BreakerState.CLOSED:
-            self._pace.begin_anew()
+            gate.pace.begin_anew()
             self.box.log.info("sink_back", sink=self.name)
-        kept = SinkMemory(self._digest, self.box.clock.now_us(), self._breaker.memory(now), self.disabled)
+        kept = SinkMemory(self._digest, self.box.clock.now_us(), gate.breaker.memory(now), gate.disabled)
         before, self._kept = self._kept, kept
         return None if (kept.breaker, kept.disabled) == (before.breaker, before.disabled) else kept
 
     def _rest(self, now_s: float) -> None:
         """The breaker has opened: nothing is sent for a while; what has waited for its whole lifetime is given up."""
-        for_s = round(self._breaker.open_until_s - now_s, 1)
+        for_s = round(self.gate.breaker.open_until_s - now_s, 1)
         self.box.log.warning("sink_rests", sink=self.name, for_s=for_s, error=self.last_error)
         lifetime_s, why = self.schedule.lifetime_s, self.last_error
-        if lifetime_s is not None and self.disabled is None:
+        if lifetime_s is not None and self.gate.why_disabled is None:
             self._chores["expire"] = lambda tx: parking.expire(
                 tx, self.box, self.name, lifetime_s, why, frozenset(self.in_flight)
             )
@@ -314,7 +337,7 @@ class SinkRunner:
         if memory.disabled is not None:
             message = (
                 f"the sink {self.name} is disabled, its deliveries are held: {memory.disabled}; "
-                f"mend it, then: agentqctl outbox retry ALL --sink {self.name} --state held"
+                f"mend it, then: agentqctl sink enable {self.name}"
             )
             alert(tx, self.box, "sink_disabled", message, key=f"{self.name}:{memory.at_us}", not_to=self.name, sink=self.name)  # fmt: skip
 
@@ -325,23 +348,8 @@ class SinkRunner:
         if error is not None and not isinstance(error, JournalError):
             self.box.log.error("unit_failed", sink=self.name, error=repr(error))
             self.backlog.look()
-        if self.disabled is not None:  # it was under way when the sink was disabled
+        if self.gate.why_disabled is not None:  # it was under way when the sink was disabled
             self._hold_all()
             self.kick.set()
         elif self._ordered or error is not None or any(m.event is RowEvent.DEFERRED for m in marks):
             self.kick.set()
-
-    def _tell_notices(self) -> None:
-        """What a plug has noticed (a file replaced, a host key changed) becomes an alert."""
-        notices: list[str] | None = getattr(self._sink, "notices", None)
-        if not notices:
-            return
-        told, notices[:] = list(notices), []
-        at, kind = self.box.clock.now_us(), getattr(self._sink, "notice_kind", "sink_file")
-
-        def unit(tx: Transaction) -> None:
-            for n, text in enumerate(told):
-                message = f"{self.name}: {text}"
-                alert(tx, self.box, kind, message, key=f"{self.name}:{at}:{n}", sink=self.name)
-
-        self.box.journal.submit(unit)

@@ -50,7 +50,8 @@ _MARK: Final = (
     " WHERE entry_seq = ? AND sink = ? AND state = ?"
 )
 _INSERT_TRY: Final = (
-    "INSERT OR REPLACE INTO tries (entry_seq, sink, n, at, outcome, reason) VALUES (?,?,?,?,?,?)"
+    "INSERT INTO tries (entry_seq, sink, n, at, outcome, reason)"
+    " SELECT ?1, ?2, coalesce(max(n), 0) + 1, ?3, ?4, ?5 FROM tries WHERE entry_seq = ?1 AND sink = ?2"
 )
 _LAST_POSITION: Final = "SELECT max(position) FROM outbox WHERE sink = ? AND position IS NOT NULL"
 
@@ -231,8 +232,11 @@ def mark(tx: Transaction, marks: Iterable[Mark]) -> list[Mark]:
     return done
 
 
-def record_try(tx: Transaction, entry_seq: int, sink: str, n: int, outcome: str, reason: str | None) -> None:
-    tx.execute(_INSERT_TRY, (entry_seq, sink, n, tx.now_us, outcome, reason))
+def record_try(
+    tx: Transaction, entry_seq: int, sink: str, outcome: str, reason: str | None, at_us: int | None = None
+) -> None:
+    """One more, after all before it: those from before a person's `retry` stay."""
+    tx.execute(_INSERT_TRY, (entry_seq, sink, at_us or tx.now_us, outcome, reason))
 
 
 def change_row(tx: Transaction, entry_seq: int, sink: str, event: RowEvent, **columns: Any) -> RowState:

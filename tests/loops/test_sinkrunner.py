@@ -470,7 +470,7 @@ async def test_a_hundred_thousand_rows_for_a_dead_sink_cost_no_memory_and_delay_
     assert len(plugs["s"].seen) < 50, "a dead sink is left alone"
     took = [await _time_to_other(bench, n) for n in range(30)]
     plugs["s"].answers = []
-    loop.runners["s"]._breaker.heard_of(bench.clock.monotonic_s())
+    loop.runners["s"].gate.breaker.heard_of(bench.clock.monotonic_s())
     bench.clock.advance(3000)
     loop.runners["s"].kick.set()
     reads = _count_reads(bench)

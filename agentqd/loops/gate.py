@@ -1,0 +1,98 @@
+"""Whether one sink may send now: is it enabled, does its breaker allow it, its pace, its rate. And when to look again.
+
+What it knows is in memory; what of it outlives the daemon is `sinkmemory`'s.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from agentqd.core.breaker import Breaker, BreakerState
+from agentqd.core.bucket import Bucket
+from agentqd.core.pace import Pace
+from agentqd.core.units import Rate, format_time
+from agentqd.loops.sinkmemory import Kept, Word
+
+US: Final = 1_000_000
+IDLE_MAX_S: Final = 30.0
+
+
+class Gate:
+    """One runner's. Times are monotonic seconds."""
+
+    def __init__(self, most: int, rate: Rate | None, now_s: float) -> None:
+        self.pace = Pace(most)
+        self.breaker = Breaker()
+        self.rate = rate
+        self.bucket = None if rate is None else Bucket(rate, now_s)
+        self.word = Word()  # a person's
+        self.disabled: str | None = None  # by its receiver: why; until a person acts
+
+    @property
+    def why_disabled(self) -> str | None:
+        """Why nothing is sent until a person acts, or None."""
+        return self.word.why or self.disabled
+
+    def resume(self, kept: Kept, now_s: float, now_us: int, *, same_settings: bool) -> None:
+        """Take up where the last daemon was. Under edited settings only a person's word and the tokens count."""
+        self.word = kept.word
+        if self.bucket is not None and kept.bucket is not None:
+            self.bucket.resume(kept.bucket, now_s, now_us)
+        if not same_settings:
+            return
+        self.disabled = kept.memory.disabled
+        self.breaker = Breaker(kept.memory.breaker_at(now_us), now_s)
+        if self.breaker.state is not BreakerState.CLOSED:
+            self.pace.begin_anew()
+
+    def enable(self) -> None:
+        """A person has had the sink, or rows of it, sent to again."""
+        self.word, self.disabled, self.breaker = Word(), None, Breaker()
+
+    def allows(self, now_s: float, under_way: int) -> bool:
+        """May one more send begin?"""
+        return (
+            self.why_disabled is None
+            and under_way < self.pace.limit
+            and (self.bucket is None or self.bucket.wait_s(now_s) == 0.0)
+            and self.breaker.allows(now_s, under_way)
+        )
+
+    def most(self, batch_max: int, now_s: float) -> int:
+        """Of how many rows at most."""
+        return batch_max if self.bucket is None else min(batch_max, self.bucket.tokens(now_s))
+
+    def begin(self, rows: int, now_s: float) -> None:
+        if self.bucket is not None:
+            self.bucket.take(rows, now_s)
+
+    def idle_s(self, now_s: float, under_way: int, look_in_s: float | None) -> float:
+        """How long there is nothing to be looked at; `look_in_s`: until the journal is to be looked at by time."""
+        waits = [IDLE_MAX_S]
+        if self.why_disabled is None and self.breaker.state is BreakerState.OPEN:
+            waits.append(self.breaker.open_until_s - now_s)
+        elif self.why_disabled is None and under_way < self.pace.limit:
+            token_s = 0.0 if self.bucket is None else self.bucket.wait_s(now_s)
+            if token_s > 0:
+                waits.append(token_s)
+            elif look_in_s is not None:
+                waits.append(look_in_s)
+        return max(0.001, min(waits))
+
+    def health(self, now_s: float, now_us: int, under_way: int) -> dict[str, Any]:
+        """What `status` and `sink list` show of it."""
+        resting = self.breaker.state is BreakerState.OPEN
+        left_s = self.breaker.open_until_s - now_s
+        wait_s = 0.0 if self.bucket is None else self.bucket.wait_s(now_s)
+        return {
+            "breaker": "disabled" if self.why_disabled is not None else self.breaker.state.value,
+            "next_probe_at": format_time(now_us + int(max(0.0, left_s) * US)) if resting else None,
+            "disabled": self.why_disabled,
+            "disabled_by": "person" if self.word.off else "receiver" if self.disabled is not None else None,
+            "disabled_at": format_time(self.word.at_us) if self.word.off else None,
+            "concurrency": self.pace.limit,
+            "concurrency_max": self.pace.most,
+            "in_flight": under_way,
+            "rate": None if self.rate is None else str(self.rate),
+            "rate_wait_s": round(wait_s, 3),
+        }
