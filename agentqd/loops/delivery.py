@@ -20,7 +20,7 @@ from agentqd.loops.box import Box, Signal
 from agentqd.loops.gate import IDLE_MAX_S
 from agentqd.loops.sinkmemory import SinkMemory
 from agentqd.loops.sinkrunner import SinkRunner
-from agentqd.sinks.base import Exec
+from agentqd.sinks.base import Context, Exec
 from agentqd.storage.outbox import DueRow
 from agentqd.storage.transaction import Transaction
 
@@ -79,6 +79,10 @@ class DeliveryLoop:
                 self.box.beat("delivery")
                 await self._apply(group)
                 await self._changed.wait(IDLE_MAX_S)
+
+    def context_of(self, name: str, settings: SinkSettings) -> Context:
+        """What a plug for this sink may use."""
+        return Context(name, settings, self.box.folders.state, self._exec, self.box.clock.now_us)
 
     async def _apply(self, group: asyncio.TaskGroup) -> None:
         wanted = {**self.box.settings.sinks, **_BUILT_IN}

@@ -73,19 +73,27 @@ def begin_anew(tx: Transaction, sink: str, *, release: bool) -> None:
         sinkmemory.save_word(tx, sink, Word(releasing=True))
 
 
-def disable(tx: Transaction, sink: str, reason: str) -> Word:
-    """A person's word: nothing is sent to this sink, over restarts and edits, until they say `enable`."""
-    word = Word(off=True, at_us=tx.now_us, reason=reason)
+def disable(tx: Transaction, sink: str, reason: str, uid: int | None) -> Word | None:
+    """A person's word: nothing is sent to this sink, over restarts and edits, until they say `enable`. None: said before."""
+    if sinkmemory.load_word(tx, sink).off:
+        return None
+    word = Word(off=True, at_us=tx.now_us, reason=reason, uid=uid)
     sinkmemory.save_word(tx, sink, word)
-    tx.event(None, "sink_disabled", sink=sink, by="person", reason=reason)
+    tx.event(None, "sink_disabled", sink=sink, by="person", uid=uid, reason=reason)
     return word
 
 
-def enable(tx: Transaction, sink: str) -> None:
-    """Whoever has disabled it: it is enabled, its breaker closed, and what was held because of it is to be released."""
+def enable(tx: Transaction, sink: str, uid: int | None) -> bool:
+    """Whoever has disabled it: it is enabled, its breaker closed, and what was held because of it is to be released.
+
+    True if it was disabled. (Also one that was not: rows may be held from before, when it was enabled by a retry of some.)
+    """
+    was = sinkmemory.load_all(tx, sink).why_disabled is not None
     sinkmemory.save(tx, sink, SinkMemory())
     sinkmemory.save_word(tx, sink, Word(releasing=True))
-    tx.event(None, "sink_enabled", sink=sink)
+    if was:
+        tx.event(None, "sink_enabled", sink=sink, by="person", uid=uid)
+    return was
 
 
 def wake(tx: Transaction, sink: str) -> int:

@@ -42,6 +42,7 @@ class Word(msgspec.Struct, frozen=True):
     off: bool = False
     at_us: int = 0
     reason: str = ""
+    uid: int | None = None  # whose word
     releasing: bool = False  # enabled, and not all rows that were held because of it are released yet
 
     @property
@@ -49,7 +50,8 @@ class Word(msgspec.Struct, frozen=True):
         """Why nothing is sent, or None."""
         if not self.off:
             return None
-        return f"by a person: {self.reason[:SINK_REASON_CHARS_MAX]}" if self.reason else "by a person"
+        who = "by a person" if self.uid is None else f"by a person (uid {self.uid})"
+        return f"{who}: {self.reason[:SINK_REASON_CHARS_MAX]}" if self.reason else who
 
 
 class Kept(msgspec.Struct, frozen=True):

@@ -83,6 +83,9 @@ class SinkRunner:
         self._chores: dict[
             str, Callable[[Transaction], int]
         ] = {}  # moves of many rows, some hundred a commit
+        self._said: Word | None = (
+            None  # by a person, since this runner began: newer than what it reads while it opens
+        )
         self._heard_of_s: float | None = None
         self._sent_s = 0.0
 
@@ -93,8 +96,7 @@ class SinkRunner:
             async with asyncio.TaskGroup() as sends:
                 while True:
                     self.box.beat(f"sink:{self.name}")
-                    while self._chores:
-                        await self._do_chore(*self._chores.popitem())
+                    await self._do_chores()
                     if self._may_send() and (batch := await self._next_batch()):
                         if not self._may_send():  # a send has failed while the journal was read
                             self.backlog.put_back(batch)
@@ -129,13 +131,14 @@ class SinkRunner:
 
     def disable(self, word: Word) -> None:
         """A person's word; the journal knows it already. Its rows are held, some hundred a commit."""
-        self.gate.word = word
+        self._said = self.gate.word = word
         self._hold_all()
         self.kick.set()
 
     def enable(self, *, release: bool = False) -> None:
         """A person has had rows of a disabled sink sent again, or all (`release`); the journal knows it already."""
         self.gate.enable()
+        self._said = self.gate.word
         self._kept = SinkMemory()
         self._chores.clear()
         if release:
@@ -205,17 +208,20 @@ class SinkRunner:
         failures = 0
         while True:
             position, kept = await self.box.journal.read(self._read_kept)
+            if not failures:
+                await self._remember(kept)
             try:
                 found = await self.plug.open(position)
             except OSError as error:
                 self.last_error = str(error)
                 self.box.log.error("sink_open_failed", sink=self.name, error=str(error))
+                if self.gate.why_disabled is not None:
+                    await self._do_chores()
                 await asyncio.sleep(_OPEN_RETRY_S[min(failures, len(_OPEN_RETRY_S) - 1)])
                 failures += 1
                 continue
             if found:
                 await self.box.journal.commit(functools.partial(mark_found, sink=self.name, found=found))
-            await self._remember(kept)
             self.is_open = True
             return
 
@@ -226,6 +232,11 @@ class SinkRunner:
         """Take up where the last daemon was; under edited settings everything but a person's word and the rate begins anew,
         and what was held because of the receiver's is released."""
         same, clock = kept.memory.digest == self._digest, self.box.clock
+        if self._said is not None:
+            forgiven = msgspec.structs.replace(kept.memory, disabled=None)
+            kept = msgspec.structs.replace(
+                kept, word=self._said, memory=kept.memory if self._said.off else forgiven
+            )
         self.gate.resume(kept, clock.monotonic_s(), clock.now_us(), same_settings=same)
         if same:
             self._kept = kept.memory
@@ -245,12 +256,14 @@ class SinkRunner:
     def _digest(self) -> str:
         return sinkmemory.digest_of(self.settings)
 
-    async def _do_chore(self, name: str, chore: Callable[[Transaction], int]) -> None:
-        moved = await self.box.journal.commit(chore)
-        if moved:
-            self.backlog.forget()
-        if moved >= ROWS_A_COMMIT:
-            self._chores.setdefault(name, chore)
+    async def _do_chores(self) -> None:
+        while self._chores:
+            name, chore = self._chores.popitem()
+            moved = await self.box.journal.commit(chore)
+            if moved:
+                self.backlog.forget()
+            if moved >= ROWS_A_COMMIT:
+                self._chores.setdefault(name, chore)
 
     def _release_all(self) -> None:
         self._chores["release"] = lambda tx: parking.release_disabled(tx, self.name)
