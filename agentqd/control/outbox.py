@@ -1,4 +1,4 @@
-"""The outbox: rows on their way, one entry with all its tries, and a person's word on rows.
+"""The outbox: rows on their way, and one entry with all its tries. (A person's word on rows: outboxchange.py.)
 
 Lists are found as tasklist.py finds tasks: by the kept sums, an index where few rows match, else windows from the newest
 entry down. A page never splits an entry, so `before` is an entry's seq.
@@ -13,22 +13,16 @@ import msgspec
 from aiohttp import web
 
 from agentqd.control import queries
+from agentqd.control.outboxchange import BOUNDS, STATES, WINDOW, span
 from agentqd.control.room import Room
-from agentqd.control.route import Call, Handler, Param, Route, answer, comma_list, known_fields
+from agentqd.control.route import Call, Param, Route, answer, comma_list
 from agentqd.control.tasklist import LIMIT, SEQ_MAX
 from agentqd.control.views import ROW_COLUMNS, ROW_TABLES, OutboxRow, outbox_view, shown_state
-from agentqd.core.errors import InvalidRequest, NoSuchDelivery
+from agentqd.core.errors import NoSuchDelivery
 from agentqd.core.limits import ENTRY_INLINE_BYTES_MAX, LIST_ROWS_MAX
-from agentqd.core.outbox import TABLE, RowEvent, RowState
 from agentqd.core.units import format_time
-from agentqd.loops import operations
-from agentqd.storage import outbox as store
-from agentqd.storage.transaction import Transaction
 
-STATES: Final = tuple(state.value for state in RowState)
-WINDOW: Final = 5_000
 FEW: Final = 5_000
-CHANGES_A_COMMIT: Final = 500
 ENVELOPE_SHOWN_BYTES_MAX: Final = 2 * ENTRY_INLINE_BYTES_MAX
 _TRIES: Final = (
     "SELECT at, outcome, reason FROM tries WHERE entry_seq = ? AND sink = ? ORDER BY n DESC LIMIT ?"
@@ -38,7 +32,6 @@ _ENTRY: Final = (
     "SELECT e.seq, e.delivery_id, e.type, e.key, t.id, t.name, e.run, e.attempt, e.at, e.bytes, e.sha256, e.payload"
     " FROM entries e LEFT JOIN tasks t ON t.seq = e.task_seq WHERE e.delivery_id = ?"
 )
-_BOUNDS: Final = "SELECT (SELECT min(seq) FROM entries), (SELECT max(seq) FROM entries)"
 PARKED_SQL: Final = f"SELECT {ROW_COLUMNS} FROM {ROW_TABLES} WHERE o.state IN ('held','dead') AND o.state = ?"  # noqa: S608 - fixed names
 OPEN_SQL: Final = (
     f"SELECT {ROW_COLUMNS} FROM {ROW_TABLES} WHERE o.state IN ('pending','delivering','retryable')"  # noqa: S608 - fixed names
@@ -54,6 +47,8 @@ OF_TASK_SQL: Final = (
 class Wanted(msgspec.Struct, frozen=True):
     states: tuple[str, ...] = ()  # as shown: `delivering` too
     sink: str | None = None
+    since_us: int | None = None  # by when their entry was made, [since, until)
+    until_us: int | None = None
 
     @property
     def stored(self) -> frozenset[str]:
@@ -63,6 +58,10 @@ class Wanted(msgspec.Struct, frozen=True):
 
     def takes(self, room: Room, row: OutboxRow) -> bool:
         if self.sink not in (None, row.sink):
+            return False
+        if (self.since_us is not None and row.at < self.since_us) or (
+            self.until_us is not None and row.at >= self.until_us
+        ):
             return False
         return not self.states or shown_state(room, row.entry_seq, row.sink, row.state) in self.states
 
@@ -98,7 +97,7 @@ def _few(connection: sqlite3.Connection, matching: list[tuple[str, str, int]]) -
 
 
 async def _walk(room: Room, wanted: Wanted, before: int, limit: int) -> list[OutboxRow]:
-    least, newest = await room.box.journal.read(lambda c: c.execute(_BOUNDS).fetchone())
+    least, newest = await room.box.journal.read(lambda c: c.execute(BOUNDS).fetchone())
     found: list[OutboxRow] = []
     upper, size = min(before, (newest or 0) + 1), min(WINDOW, max(limit, 100))
     while least is not None and upper > least and len(found) < limit:
@@ -124,7 +123,8 @@ def whole_entries(rows: list[OutboxRow], limit: int) -> tuple[list[OutboxRow], i
 
 async def list_rows(call: Call) -> web.StreamResponse:
     room, query = call.room, call.query
-    wanted = Wanted(comma_list(query["state"], STATES, "state"), query["sink"])
+    since_us, until_us = span(query["since"], query["until"], room.box.clock.now_us())
+    wanted = Wanted(comma_list(query["state"], STATES, "state"), query["sink"], since_us, until_us)
     limit, before, task_id = query["limit"], query["before"], query["task"]
     if task_id is None:
         rows = await find_rows(room, wanted, before, limit + 1)
@@ -188,139 +188,6 @@ async def show_entry(call: Call) -> web.StreamResponse:
     return answer(view)
 
 
-# A person's word on rows.
-
-
-class Change(msgspec.Struct, frozen=True):
-    event: RowEvent
-    delivery_ids: tuple[str, ...] | None  # None: all
-    state: str | None
-    sink: str | None
-
-
-def read_change(event: RowEvent, body: dict[str, Any]) -> Change:
-    """Raises InvalidRequest."""
-    known_fields(body, ("delivery_ids", "all", "state", "sink"))
-    ids, everything, state, sink = (body.get(name) for name in ("delivery_ids", "all", "state", "sink"))
-    if everything not in (None, True, False):
-        raise InvalidRequest("all is true or left out", field="all")
-    if (ids is None) == (not everything):
-        raise InvalidRequest('give either "delivery_ids" or "all": true', field="delivery_ids")
-    if ids is not None and not (
-        isinstance(ids, list) and all(isinstance(item, str) and item.isascii() for item in ids)
-    ):
-        raise InvalidRequest("delivery_ids is a list of ids", field="delivery_ids")
-    if ids is not None and len(ids) > LIST_ROWS_MAX:
-        raise InvalidRequest(f"delivery_ids has more than {LIST_ROWS_MAX} items", field="delivery_ids")
-    if state is not None and state not in STATES:
-        raise InvalidRequest(f"state is one of {', '.join(STATES)}", field="state")
-    if sink is not None and not isinstance(sink, str):
-        raise InvalidRequest("sink is a name", field="sink")
-    if everything and state is None and event is RowEvent.RETRY_REQUESTED:
-        state = RowState.DEAD.value  # "retry all" never sends delivered entries again
-    return Change(event, None if ids is None else tuple(dict.fromkeys(ids)), state, sink)
-
-
-def _change(event: RowEvent) -> Handler:
-    async def handler(call: Call) -> web.StreamResponse:
-        change = read_change(event, await call.body())
-        if change.delivery_ids is None:
-            return answer({"changed": await _change_all(call.room, change)})
-        changed = 0
-        for start in range(0, len(change.delivery_ids), CHANGES_A_COMMIT):
-            changed += await _commit_ids(
-                call.room, change, list(change.delivery_ids[start : start + CHANGES_A_COMMIT])
-            )
-        return answer({"changed": changed})
-
-    return handler
-
-
-async def _commit_ids(room: Room, change: Change, ids: list[str]) -> int:
-    return await room.box.journal.commit(lambda tx: _change_some(tx, room, change, ids))
-
-
-async def _commit_entries(room: Room, change: Change, seqs: list[int]) -> int:
-    return await room.box.journal.commit(lambda tx: _change_entries(tx, room, change, seqs))
-
-
-async def _change_all(room: Room, change: Change) -> int:
-    """In steps from the oldest entry on, each a short commit; rows that come meanwhile are not waited for."""
-    sums = (await room.box.journal.read(queries.counts)).outbox
-    takes = [
-        state.value
-        for state in RowState
-        if change.event in TABLE[state] and change.state in (None, state.value)
-    ]
-    if not any(state in takes and change.sink in (None, sink) for sink, state, _ in sums):
-        return 0
-    least, newest = await room.box.journal.read(lambda c: c.execute(_BOUNDS).fetchone())
-    changed = 0
-    for lower in range(least or 0, (newest or -1) + 1, WINDOW):
-        seqs = await _seqs_in(room, takes, change.sink, lower)
-        for start in range(0, len(seqs), CHANGES_A_COMMIT):
-            changed += await _commit_entries(room, change, seqs[start : start + CHANGES_A_COMMIT])
-    return changed
-
-
-async def _seqs_in(room: Room, states: list[str], sink: str | None, lower: int) -> list[int]:
-    """The entries in one window that have a row in one of these states."""
-    marks = ",".join("?" * len(states))
-    sql = (
-        f"SELECT DISTINCT entry_seq FROM outbox WHERE entry_seq >= ? AND entry_seq < ? AND state IN ({marks})"  # noqa: S608 - fixed names
-        " AND (? IS NULL OR sink = ?)"
-    )
-    values = (lower, lower + WINDOW, *states, sink, sink)
-    return [row[0] for row in await room.box.journal.read(lambda c: c.execute(sql, values).fetchall())]
-
-
-def _change_entries(tx: Transaction, room: Room, change: Change, seqs: list[int]) -> int:
-    marks = ",".join("?" * len(seqs))
-    ids = [row[0] for row in tx.execute(f"SELECT delivery_id FROM entries WHERE seq IN ({marks})", seqs)]  # noqa: S608 - fixed names
-    return _change_some(tx, room, change, ids)
-
-
-def _change_some(tx: Transaction, room: Room, change: Change, delivery_ids: list[str]) -> int:
-    """A unit. `drop` leaves alone what is being sent: whether it arrives is not known."""
-    if change.event is not RowEvent.DROPPED:
-        return operations.change_rows(tx, change.event, delivery_ids, change.state, change.sink)
-    marks = ",".join("?" * len(delivery_ids))
-    rows = tx.execute(
-        "SELECT o.entry_seq, o.sink, o.state, e.delivery_id, t.id FROM entries e JOIN outbox o ON o.entry_seq = e.seq"  # noqa: S608 - fixed names
-        f" LEFT JOIN tasks t ON t.seq = e.task_seq WHERE e.delivery_id IN ({marks})",
-        delivery_ids,
-    ).fetchall()
-    changed = 0
-    for entry_seq, sink, state, delivery_id, task_id in rows:
-        if (
-            change.sink not in (None, sink)
-            or change.state not in (None, state)
-            or RowEvent.DROPPED not in TABLE[RowState(state)]
-        ):
-            continue
-        if shown_state(room, entry_seq, sink, state) == RowState.DELIVERING:
-            continue
-        store.change_row(tx, entry_seq, sink, RowEvent.DROPPED, due_at=None)
-        tx.event(task_id, f"outbox_{RowEvent.DROPPED.value}", sink=sink, delivery_id=delivery_id)
-        changed += 1
-    return changed
-
-
-_BODY: Final[dict[str, Any]] = {
-    "type": "object",
-    "properties": {
-        "delivery_ids": {"type": "array", "items": {"type": "string"}},
-        "all": {"type": "boolean"},
-        "state": {"type": "string", "enum": list(STATES)},
-        "sink": {"type": "string"},
-    },
-}
-
-
-def _route(verb: str, event: RowEvent, summary: str) -> Route:
-    return Route("POST", f"/v1/outbox/{verb}", summary, _change(event), body=_BODY)
-
-
 ROUTES: Final = (
     Route(
         "GET",
@@ -331,6 +198,8 @@ ROUTES: Final = (
             Param("state", f"comma list of {', '.join(STATES)}"),
             Param("sink", "a sink's name"),
             Param("task", "a task's id"),
+            Param("since", "entries made since then: RFC 3339, or how long ago (2h)"),
+            Param("until", "entries made before then"),
             LIMIT,
             Param(
                 "before", "only older ones (next_before of the page before)", "integer", SEQ_MAX, 0, SEQ_MAX
@@ -344,8 +213,4 @@ ROUTES: Final = (
         show_entry,
         more_statuses={404: "no_such_delivery"},
     ),
-    _route("retry", RowEvent.RETRY_REQUESTED, "Send again, now; the delivery id stays."),
-    _route("hold", RowEvent.HELD, "Keep rows from being sent."),
-    _route("release", RowEvent.RELEASED, "Let held rows go on."),
-    _route("drop", RowEvent.DROPPED, "Never send these; they are kept as `dropped`."),
 )

@@ -12,6 +12,7 @@ from agentqd.control.queries import Written
 from agentqd.control.room import Room
 from agentqd.core.lifecycle import ACTIVE_STATES, State
 from agentqd.core.resolve import Resolved, resolve
+from agentqd.core.routing import COMPLETIONS, REJECTED
 from agentqd.core.task import TaskRequest
 from agentqd.core.units import encode_unit, format_time, parse_time_us
 from agentqd.core.waking import total_deadline_us
@@ -162,7 +163,7 @@ def settings_view(resolved: Resolved) -> dict[str, Any]:
 
 ROW_COLUMNS: Final = (
     "o.entry_seq, o.sink, o.state, o.attempts, o.created_at, o.due_at, o.delivered_at, o.last_error,"
-    " e.delivery_id, e.type, e.kind, e.key, e.bytes, t.id, t.name"
+    " e.delivery_id, e.type, e.kind, e.key, e.bytes, t.id, t.name, e.at"
 )
 ROW_TABLES: Final = "outbox o JOIN entries e ON e.seq = o.entry_seq LEFT JOIN tasks t ON t.seq = e.task_seq"
 
@@ -185,6 +186,7 @@ class OutboxRow(msgspec.Struct, frozen=True):
     bytes: int
     task_id: str | None
     name: str | None
+    at: int  # when the entry was made
 
     @classmethod
     def fetch(cls, connection: sqlite3.Connection, where: str, values: tuple[Any, ...]) -> list[OutboxRow]:
@@ -199,6 +201,10 @@ def shown_state(room: Room, entry_seq: int, sink: str, state: str) -> str:
     return "delivering" if in_flight and state in {"pending", "retryable"} else state
 
 
+def in_config(room: Room, sink: str) -> bool:
+    return sink in {COMPLETIONS, REJECTED} or sink in room.box.settings.sinks
+
+
 def outbox_view(room: Room, row: OutboxRow) -> dict[str, Any]:
     return {
         "delivery_id": row.delivery_id,
@@ -207,6 +213,8 @@ def outbox_view(room: Room, row: OutboxRow) -> dict[str, Any]:
         "name": row.name,
         "key": row.key,
         "sink": row.sink,
+        "sink_in_config": in_config(room, row.sink),
+        "entry_at": format_time(row.at),
         "state": shown_state(room, row.entry_seq, row.sink, row.state),
         "attempts": row.attempts,
         "created_at": format_time(row.created_at),

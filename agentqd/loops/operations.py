@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from agentqd.core.errors import IllegalTransition, NoSuchTask, WriteConflict
 from agentqd.core.lifecycle import ACTIVE_STATES, Event, Result, State
-from agentqd.core.outbox import TABLE, RowEvent, RowState
 from agentqd.core.resolve import resolve
 from agentqd.core.verdict import CANCELLED
 from agentqd.core.waking import next_wake_us, wake_times
@@ -14,7 +11,7 @@ from agentqd.loops.box import Box
 from agentqd.loops.finishing import finish_waiting, settle
 from agentqd.loops.supervision import Supervision
 from agentqd.loops.unblocking import request_of, what_blocks
-from agentqd.storage import intents, outbox
+from agentqd.storage import intents
 from agentqd.storage import tasks as store
 from agentqd.storage.paths import resolve_intents
 from agentqd.storage.tasks import TaskRow
@@ -98,37 +95,3 @@ def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
         )
     intents.claim(tx, task.seq, paths, resolved.on_conflict)
     return moved
-
-
-def change_rows(
-    tx: Transaction, event: RowEvent, delivery_ids: list[str] | None, state: str | None, sink: str | None
-) -> int:
-    """A person's word on outbox rows: named ones, or all that are in `state` (None: every state that can take the event)."""
-    allowed = [each.value for each in RowState if event in TABLE[each]]
-    if event is RowEvent.RETRY_REQUESTED and delivery_ids is None and state is None:
-        allowed = [RowState.DEAD.value]  # "retry all" never sends delivered entries again
-    states = [each for each in allowed if state is None or each == state]
-    if not states:
-        return 0
-    clauses = [f"o.state IN ({','.join('?' * len(states))})"]
-    values: list[Any] = list(states)
-    if sink is not None:
-        clauses.append("o.sink = ?")
-        values.append(sink)
-    if delivery_ids is not None:
-        clauses.append(f"e.delivery_id IN ({','.join('?' * len(delivery_ids))})")
-        values += delivery_ids
-    rows = tx.execute(
-        f"SELECT o.entry_seq, o.sink, e.delivery_id, t.id FROM outbox o JOIN entries e ON e.seq = o.entry_seq"  # noqa: S608 - fixed clauses
-        f" LEFT JOIN tasks t ON t.seq = e.task_seq WHERE {' AND '.join(clauses)}",
-        values,
-    ).fetchall()
-    for entry_seq, name, delivery_id, task_id in rows:
-        columns: dict[str, Any] = {"due_at": tx.now_us}
-        if event is RowEvent.RETRY_REQUESTED:
-            columns |= {"attempts": 0, "created_at": tx.now_us, "delivered_at": None, "position": None}
-        elif event is not RowEvent.RELEASED:
-            columns = {"due_at": None}
-        outbox.change_row(tx, entry_seq, name, event, **columns)
-        tx.event(task_id, f"outbox_{event.value}", sink=name, delivery_id=delivery_id)
-    return len(rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agentqd.control import completions, outbox
+from agentqd.control import completions, outboxchange
 from agentqd.core.outbox import RowEvent
 from agentqd.core.settings import Settings, Sink
 from agentqd.sinks.base import Context
@@ -69,8 +69,8 @@ async def test_one_entry_is_shown_with_its_envelope_and_its_tries(daemon: Daemon
 async def test_a_person_holds_releases_retries_and_drops_rows(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbox, "CHANGES_A_COMMIT", 2)
-    monkeypatch.setattr(outbox, "WINDOW", 3)
+    monkeypatch.setattr(outboxchange, "CHANGES_A_COMMIT", 2)
+    monkeypatch.setattr(outboxchange, "WINDOW", 3)
     for _ in range(5):
         await daemon.run_to_end()
     assert await daemon.post("/v1/outbox/hold", {"all": True}) == {"changed": 5}
