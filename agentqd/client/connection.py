@@ -41,9 +41,9 @@ class Connection:
         """The decoded answer, always an object. `extra_s`: how long the server may sit on it (long poll). Raises AgentqError."""
         return self._call("GET", path, query or {}, None, extra_s)
 
-    def post(self, *path: str, body: Any = None) -> Object:
+    def post(self, *path: str, body: Any = None, extra_s: float = 0.0) -> Object:
         """The same for a call that changes something."""
-        return self._call("POST", path, {}, encode_json({} if body is None else body), 0.0)
+        return self._call("POST", path, {}, encode_json({} if body is None else body), extra_s)
 
     def post_raw(self, *path: str, body: bytes, query: Query | None = None) -> Object:
         """The same with a body that is JSON already."""

@@ -79,8 +79,19 @@ def _sinks(status: dict[str, Any]) -> Iterator[Item]:
             text = f"{_many(sink['dead'], 'delivery', 'deliveries')} to {name} gave up and will not be sent again by itself{why}"
             yield _item("error", text, f"agentqctl outbox retry ALL --sink {quote(name)}")
         if sink["breaker"] == "disabled":
-            text = f"{name} is disabled, its deliveries are held: {sink['disabled']}"
-            yield _item("error", text, f"agentqctl outbox retry ALL --sink {quote(name)} --state held")
+            by_person = sink.get("disabled_by") == "person"
+            held = (
+                "its deliveries are held: "
+                if not by_person
+                else f"{_many(sink['held'], 'delivery is', 'deliveries are')} held, "
+            )
+            text = f"{name} is disabled, {held}{sink['disabled']}"
+            yield _item("warning" if by_person else "error", text, f"agentqctl sink enable {quote(name)}")
+        elif not sink["in_config"] and sink["pending"] + sink["held"]:
+            waiting = _many(sink["pending"] + sink["held"], "delivery waits", "deliveries wait")
+            text = f"{name} is not in the config, {waiting} for it to return, or for another name"
+            yield _item("warning", text, f"agentqctl outbox move ALL --from {quote(name)} --to SINK")
+            continue
         elif sink["breaker"] == "open":
             text = f"{name} cannot be reached and is left alone until {sink['next_probe_at']}{why}"
             yield _item("warning", text, f"agentqctl outbox list --sink {quote(name)}")

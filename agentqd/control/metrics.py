@@ -35,7 +35,7 @@ def _families(room: Room, seen: Seen, now: int, last_event: int) -> Iterator[lis
         ({"sink": sink, "state": state}, n) for sink, state, n in seen.counts.outbox
     ])  # fmt: skip
     yield _family("delivery_lag_seconds", "gauge", "Age of the oldest row not yet delivered.", [
-        ({"sink": sink}, max(0, now - since) / 1e6) for sink, since in seen.oldest_open.items() if since is not None
+        ({"sink": sink}, max(0, now - since) / 1e6) for sink, since in seen.sinks.oldest.items() if since is not None
     ])  # fmt: skip
     yield _family("queue_oldest_ready_seconds", "gauge", "Age of the oldest task that is ready to start.", [
         ({"queue": queue}, max(0, now - since) / 1e6) for queue, since in seen.oldest_ready.items() if since is not None

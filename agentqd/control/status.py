@@ -10,15 +10,16 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
-from agentqd.control import queries
+from agentqd.control import queries, sinks
 from agentqd.control.attention import attention
 from agentqd.control.queries import AlertSeen, Counts
 from agentqd.control.room import Room
 from agentqd.control.route import Call, Route, answer
+from agentqd.control.sinks import SinksSeen, names_of, sink_view
 from agentqd.control.views import deadline_us
 from agentqd.core.lifecycle import WAITING_STATES, Result, State
 from agentqd.core.outbox import RowState
-from agentqd.core.routing import COMPLETIONS, REJECTED
+from agentqd.core.routing import REJECTED
 from agentqd.core.task import TaskRequest, read_task
 from agentqd.core.units import format_time
 from agentqd.storage import tasks as store
@@ -26,7 +27,6 @@ from agentqd.storage.tasks import TaskRow
 
 US: Final = 1_000_000
 ALERTS_OF_US: Final = 24 * 3600 * US
-UNSENT: Final = frozenset({RowState.PENDING, RowState.DELIVERING, RowState.RETRYABLE})
 _WAITING: Final = frozenset(state.value for state in WAITING_STATES)
 
 
@@ -39,7 +39,7 @@ class Seen(msgspec.Struct):
     pids: dict[int, tuple[int | None, int | None]]  # by seq: pid and start of the active attempt
     stopping_since: dict[str, int]
     oldest_ready: dict[str, int | None]
-    oldest_open: dict[str, int | None]
+    sinks: SinksSeen
     alerts: list[AlertSeen]
     sources: list[tuple[str, int, int, int, str]]
 
@@ -57,7 +57,6 @@ def look(connection: sqlite3.Connection, now_us: int) -> Seen:
         ):
             stopping_since[task.id] = row[0]
     ready = {queue for queue, state, _, _ in counts.tasks if state == State.QUEUED}
-    unsent = {sink for sink, state, _ in counts.outbox if state in UNSENT}
     return Seen(
         counts=counts,
         active=active,
@@ -65,7 +64,7 @@ def look(connection: sqlite3.Connection, now_us: int) -> Seen:
         pids=pids,
         stopping_since=stopping_since,
         oldest_ready={queue: queries.oldest_ready(connection, queue) for queue in ready},
-        oldest_open={sink: queries.oldest_open(connection, sink) for sink in unsent},
+        sinks=sinks.look(connection),
         alerts=queries.alerts_since(connection, now_us - ALERTS_OF_US),
         sources=connection.execute(queries.SOURCES).fetchall(),
     )
@@ -185,34 +184,7 @@ def _outbox(room: Room, seen: Seen) -> dict[str, int]:
 
 
 def _sinks(room: Room, seen: Seen, now: int) -> dict[str, Any]:
-    by_sink: dict[str, dict[str, int]] = {}
-    for sink, state, n in seen.counts.outbox:
-        by_sink.setdefault(sink, {})[state] = n
-    settings = room.box.settings.sinks
-    wrong = {sink for sink, states in by_sink.items() if set(states) - {"delivered", "dropped"}}
-    names = {COMPLETIONS, *settings, *(by_sink.keys() - {REJECTED}), *(wrong & {REJECTED})}
-    view = {}
-    for name in sorted(names):
-        states, runner = by_sink.get(name, {}), room.parts.delivery.runners.get(name)
-        view[name] = {
-            "type": settings[name].type
-            if name in settings
-            else name
-            if name in {COMPLETIONS, REJECTED}
-            else None,
-            "pending": sum(states.get(state, 0) for state in UNSENT),
-            "held": states.get(RowState.HELD, 0),
-            "dead": states.get(RowState.DEAD, 0),
-            "delivered": states.get(RowState.DELIVERED, 0),
-            "oldest_pending_s": _age_s(seen.oldest_open.get(name), now),
-            **(runner.health() if runner is not None else {"breaker": "closed"}),
-            "last_error": runner.last_error
-            if runner is not None
-            else "there is no such sink in the config"
-            if states
-            else None,
-        }
-    return view
+    return {name: sink_view(room, name, seen.sinks, now) for name in names_of(room, seen.sinks)}
 
 
 def _alert(alert: AlertSeen) -> dict[str, Any]:

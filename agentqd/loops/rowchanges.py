@@ -32,10 +32,10 @@ class Pick(msgspec.Struct, frozen=True):
     until_us: int | None = None
 
     def clauses(self) -> tuple[str, list[Any]]:
-        text = f"o.state IN ({','.join('?' * len(self.states))})"
+        text = f"+o.state IN ({','.join('?' * len(self.states))})"
         values: list[Any] = list(self.states)
         for clause, value in (
-            ("o.sink = ?", self.sink),
+            ("+o.sink = ?", self.sink),
             ("e.at >= ?", self.since_us),
             ("e.at < ?", self.until_us),
         ):

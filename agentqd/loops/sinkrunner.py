@@ -158,7 +158,11 @@ class SinkRunner:
         if self.gate.breaker.state is not BreakerState.OPEN and self.backlog.look_at is None:
             return  # nothing waits for it
         self._heard_of_s = now
-        self.gate.breaker.heard_of(now)
+        self.wake()
+
+    def wake(self) -> None:
+        """It is there, somebody has seen it: an open breaker probes at once, deferred rows are due now."""
+        self.gate.breaker.heard_of(self.box.clock.monotonic_s())
         self._chores["wake"] = lambda tx: parking.wake(tx, self.name)
         self.kick.set()
 
@@ -170,8 +174,8 @@ class SinkRunner:
         """How many tries succeeded and failed lately: counted in memory, since `counted_since`."""
         now = self.box.clock.monotonic_s()
         return {
-            "delivered": self.delivered.sums(now),
-            "failed": self.failed.sums(now),
+            "delivered_last": self.delivered.sums(now),
+            "failed_last": self.failed.sums(now),
             "counted_since": format_time(self.began_us),
         }
 
