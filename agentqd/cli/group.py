@@ -30,6 +30,7 @@ VERBS: dict[str, str] = {
     "drain": "Accept and start nothing more.",
     "pull": "Take results off the completion queue.",
     "outbox": "What is on its way to whom.",
+    "sink": "Where deliveries go, and whether they arrive.",
     "writes": "Who claims to write where.",
     "audit": "The record of events, and whether it is whole.",
     "config": "Check and show the config.",

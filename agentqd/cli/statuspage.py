@@ -144,7 +144,6 @@ def _draw_sinks(out: Output, status: dict[str, Any]) -> None:
     )  # fmt: skip
     rows: list[Row] = []
     for name, sink in _items(status.get("sinks")):
-        breaker = str(sink.get("breaker") or "closed")
         dead = sink.get("dead", 0)
         rows.append(
             [
@@ -154,13 +153,21 @@ def _draw_sinks(out: Output, status: dict[str, Any]) -> None:
                 str(sink.get("pending", 0)),
                 Cell(str(dead), "bad" if dead else ""),
                 duration(sink.get("oldest_pending_s")),
-                ""
-                if breaker == "closed"
-                else Cell({"open": "resting", "half_open": "probing"}.get(breaker, breaker), "warn"),
+                _sink_word(sink),
                 str(sink.get("last_error") or ""),
             ]
         )
     _section(out, columns, rows)
+
+
+def _sink_word(sink: dict[str, Any]) -> str | Cell:
+    """What keeps it from sending, in a word."""
+    breaker = str(sink.get("breaker") or "closed")
+    if breaker != "closed":
+        return Cell({"open": "resting", "half_open": "probing"}.get(breaker, breaker), "warn")
+    if sink.get("in_config") is False:
+        return Cell("not in config", "warn")
+    return Cell("rate-limited", "busy") if sink.get("rate_limited") else ""
 
 
 def _draw_alerts(out: Output, status: dict[str, Any]) -> None:

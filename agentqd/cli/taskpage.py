@@ -101,7 +101,7 @@ def outbox_row(row: dict[str, Any]) -> list[Cell | str]:
     return [
         str(row.get("delivery_id")),
         f"{kind} {row['key']}" if row.get("key") and kind == "task.entry" else kind,
-        str(row.get("sink")),
+        str(row.get("sink")) if row.get("sink_in_config", True) else f"{row.get('sink')} (not in the config)",
         Cell(state, STATE_STYLES.get(state, "")),
         str(row.get("attempts", "")),
         local_time(row.get("delivered_at")) if state == "delivered" else str(row.get("last_error") or ""),

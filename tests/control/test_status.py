@@ -101,8 +101,9 @@ async def test_attention_names_each_trouble_with_its_fix(daemon: Daemon) -> None
 @pytest.mark.parametrize(
     ("health", "text", "fix"),
     [
-        ({"breaker": "disabled", "disabled": "410 Gone"}, "hook is disabled, its deliveries are held: 410 Gone", "retry ALL --sink hook --state held"),
-        ({"breaker": "open", "next_probe_at": "2026-01-01T00:00:00.000Z"}, "left alone until 2026-01-01T00:00:00.000Z: no route", "list --sink hook"),
+        ({"breaker": "disabled", "disabled": "410 Gone"}, "hook is disabled, its deliveries are held: 410 Gone", "sink enable hook"),
+        ({"breaker": "disabled", "disabled": "by a person", "disabled_by": "person"}, "hook is disabled, 0 deliveries are held, by a person", "sink enable hook"),
+        ({"breaker": "open", "next_probe_at": "2026-01-01T00:00:00.000Z"}, "left alone until 2026-01-01T00:00:00.000Z: no route", "outbox list --sink hook"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("settings", [Settings(sinks={"hook": Sink(type="file", path="/x/y")})])
@@ -111,7 +112,7 @@ async def test_a_sink_that_is_not_sent_to_is_named(daemon: Daemon, health: dict[
     runner.health = lambda: health
     (item,) = [each for each in (await daemon.get("/v1/status"))["attention"] if "hook" in each["text"]]
     assert text in item["text"]
-    assert item["fix"] == f"agentqctl outbox {fix}"
+    assert item["fix"] == f"agentqctl {fix}"
 
 
 async def test_a_task_that_does_not_die_is_named(daemon: Daemon) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from agentqd.core import limits
-from agentqd.core.settings import Settings, Sink
+from agentqd.core.settings import Alerts, Queue, Settings, Sink
 from agentqd.core.task import read_task
 from agentqd.loops.dropfolder import Handed, How, Scan, record, scan
 from agentqd.storage import tasks as store
@@ -233,10 +233,60 @@ async def test_a_json_entry_may_address_itself(bench: Bench, drop: Path, fields:
     assert [(row[1], row[2]) for row in await _rows(bench)] == [(sink, "pending") for sink in sinks]
 
 
+async def test_a_sink_that_is_not_there_or_not_allowed_costs_only_its_own_row(
+    bench: Bench, drop: Path
+) -> None:
+    sinks = {name: Sink(type="file", path="/x") for name in ("s", "pager", "other")}
+    bench.box.apply(Settings(sinks=sinks, queues={"default": Queue(allow_deliver_to=["s"])}, alerts=Alerts(deliver_to=["other", "pager"])))  # fmt: skip
+    (drop / "x.json").write_text('{"deliver_to": ["s", "pager", "nope"], "body": "x"}')
+    (drop / "y.json").write_text('{"deliver_to": ["pager"]}')
+    assert await _record(bench, _scan(drop).handed) == {"x.json", "y.json"}
+    rows = {(key, sink): (state, why) for key, sink, state, why in await _rows(bench)}
+    no, missing = rows.pop(("x.json", "pager")), rows.pop(("x.json", "nope"))
+    assert rows.pop(("y.json", "pager")) == no
+    assert no == ("dead", "not_allowed: the queue default does not allow 'pager'; it allows completions, s")
+    assert missing == ("dead", "no_such_sink: the config has none of this name")
+    assert set(rows) == {("x.json", "completions"), ("x.json", "s"), ("y.json", "completions")}
+    assert {state for state, _ in rows.values()} == {"pending"}
+    alerts = await bench.alerts("sink_refused")  # one for a task and sink, however many entries name it
+    assert sorted((each["sink"], each["entry_key"]) for each in alerts) == [
+        ("nope", "x.json"),
+        ("pager", "x.json"),
+    ]
+    told = await bench.rows("SELECT o.sink FROM outbox o JOIN entries e ON e.seq = o.entry_seq WHERE e.type = 'agentq.alert.sink_refused' ORDER BY 1")  # fmt: skip
+    assert told == [("other",), ("other",), ("pager",)]  # never over the sink that it is about
+    await bench.counts_are_true()
+    assert await _record(bench, _scan(drop).handed) == {"x.json", "y.json"}
+    assert len(await bench.alerts("sink_refused")) == 2
+    assert [kind for kind in await bench.events("a") if kind == "delivery_dead"] == ["delivery_dead"] * 3
+
+
+async def test_a_storm_of_broken_files_is_told_up_to_a_bound_and_then_once_more(
+    bench: Bench, drop: Path
+) -> None:
+    for n in range(limits.ALERTS_A_GROUP_MAX + 30):
+        (drop / f"{n:03}.json").write_text("{")
+    await _record(bench, _scan(drop).handed)
+    alerts = await bench.alerts("entry_malformed")
+    assert len(alerts) == limits.ALERTS_A_GROUP_MAX + 1
+    assert [each["message"].startswith("more than 50 of these in an hour") for each in alerts] == [
+        False
+    ] * 50 + [True]
+    assert (await bench.events("a")).count("entry_set_aside") == limits.ALERTS_A_GROUP_MAX + 30
+    bench.clock.advance(3600)
+    (drop / "later.json").write_text("{")
+    await _record(bench, _scan(drop).handed)
+    assert len(await bench.alerts("entry_malformed")) == limits.ALERTS_A_GROUP_MAX + 2
+
+
 @pytest.mark.parametrize(
     "fields",
     [
-        {"deliver_to": ["nope"]},
+        {"deliver_to": ["no pe"]},
+        {"deliver_to": ["s", "../s"]},
+        {"deliver_to": ["s", "rejected"]},
+        {"deliver_to": ["n" * 65]},
+        {"deliver_to": [f"n{n}" for n in range(33)]},
         {"deliver_to": 7},
         {"deliver_to": [7]},
         {"deliver_to": {"s": 1}},

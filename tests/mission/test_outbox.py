@@ -231,11 +231,13 @@ echo '{"deliver_to": ["archive"], "attachments": ["a\u0000b"]}' > i.json; echo t
 """
     box.append({"task": "mixed", "id": "mixed", "prompt": prompt})
     assert box.result("mixed")["status"] == "success"
-    assert [entry["key"] for entry in box.entries("mixed")] == ["a.txt", "z.txt"]
+    assert [entry["key"] for entry in box.entries("mixed")] == ["a.txt", "c.json", "z.txt"]
     dead = {row["key"]: row["last_error"] for row in box.show("mixed")["outbox"] if row["state"] == "dead"}
     assert set(dead) == {"b.json", "c.json", "d.json", "h.json", "i.json"}
+    assert dead.pop("c.json").startswith("no_such_sink")  # that row alone: the others get the entry as usual
     assert all(reason.startswith("malformed") for reason in dead.values())
-    wait_for("the alerts", lambda: len(box.alerts("entry_malformed")) == 5)
+    wait_for("the alerts", lambda: len(box.alerts("entry_malformed")) == 4)
+    wait_for("the alert", lambda: len(box.alerts("sink_refused")) == 1)
     assert "root:" not in (box.state / "completions.jsonl").read_text()
 
 

@@ -16,6 +16,8 @@ from agentqd.core.errors import AgentqError
 
 ALL = "ALL"
 STATE_OF_ALL = {"retry": "dead", "drop": "dead", "hold": "pending", "release": "held"}
+SINCE = "Entries made since then: RFC 3339, or how long ago (2h)."
+UNTIL = "Entries made before then."
 LIST_COLUMNS = (*OUTBOX_COLUMNS[:1], Column("TASK", flex=True), *OUTBOX_COLUMNS[1:])
 TRY_COLUMNS = (Column("AT"), Column("OUTCOME"), Column("REASON", flex=True))
 
@@ -41,6 +43,8 @@ def _outbox_verb(name: str) -> Callable[[Callable[..., Any]], click.Command]:
 )
 @click.option("--sink", metavar="NAME")
 @click.option("--task", metavar="ID")
+@click.option("--since", metavar="TIME", help=SINCE)
+@click.option("--until", metavar="TIME", help=UNTIL)
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option("--all", "everything", is_flag=True, help="No limit.")
 def list_rows(call: Call, limit: int, everything: bool, **filters: str | None) -> int:
@@ -98,32 +102,77 @@ def show(call: Call, delivery_id: str) -> int:
     return 0
 
 
+def _picking(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What retry, hold, release, drop and move share."""
+    options = (
+        click.argument("ids", nargs=-1, required=True, metavar="DELIVERY...|ALL"),
+        click.option("--state", metavar="STATE[,STATE]...", help="With ALL: rows in these states."),
+        click.option("--since", metavar="TIME", help=f"With ALL. {SINCE}"),
+        click.option("--until", metavar="TIME", help=f"With ALL. {UNTIL}"),
+        click.option("--dry-run", is_flag=True, help="Change nothing, say how many it would be."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 def _change(action: str, text: str) -> None:
     state = STATE_OF_ALL[action]
 
     @_outbox_verb(action)
-    @click.argument("ids", nargs=-1, required=True, metavar="DELIVERY...|ALL")
+    @_picking
     @click.option("--sink", metavar="NAME", help="Only its rows to that sink.")
-    @click.option("--state", metavar="STATE", help=f"With ALL: rows in that state (default {state}).")
-    def change(call: Call, ids: tuple[str, ...], sink: str | None, state: str | None) -> int:
-        return _post(call, action, ids, sink, state)
+    def change(call: Call, ids: tuple[str, ...], sink: str | None, **picked: Any) -> int:
+        body = _body(ids, STATE_OF_ALL[action], **picked)
+        return _post(call, action, ids, {**body, "sink": sink} if sink else body)
 
-    change.help = f"{text} ALL takes every row that is {state} (or --state)."
+    change.help = (
+        f"{text} ALL takes every row that is {state} (or --state), of one sink and time if they are given."
+    )
 
 
-def _post(call: Call, action: str, ids: tuple[str, ...], sink: str | None, state: str | None) -> int:
+@_outbox_verb("move")
+@_picking
+@click.option(
+    "--from",
+    "source",
+    metavar="SINK",
+    required=True,
+    help="Whose rows; it need not be in the config any more.",
+)
+@click.option("--to", metavar="SINK", required=True, help="Under whose name they go on.")
+def move(call: Call, ids: tuple[str, ...], source: str, to: str, **picked: Any) -> int:
+    """Let rows of one sink go on under another's name (it was renamed, or has gone), with their delivery ids. ALL takes what
+    is pending, retryable, held or dead; what a person holds stays held. Never doubled: an entry that the other sink has a row
+    of stays where it is."""
+    return _post(call, "move", ids, {**_body(ids, None, **picked), "from": source, "to": to})
+
+
+def _body(
+    ids: tuple[str, ...],
+    state_of_all: str | None,
+    *,
+    state: str | None,
+    since: str | None,
+    until: str | None,
+    dry_run: bool,
+) -> dict[str, Any]:
     if ALL in ids and len(ids) > 1:
         raise click.UsageError("ALL or delivery ids, not both")
-    if state and ALL not in ids:
-        raise click.UsageError("--state goes with ALL")
-    body: dict[str, Any] = (
-        {"all": True, "state": state or STATE_OF_ALL[action]} if ALL in ids else {"delivery_ids": list(ids)}
-    )
-    if sink:
-        body["sink"] = sink
+    for option, value in (("--state", state), ("--since", since), ("--until", until)):
+        if value and ALL not in ids:
+            raise click.UsageError(f"{option} goes with ALL")
+    body: dict[str, Any] = {"all": True} if ALL in ids else {"delivery_ids": list(ids)}
+    if ALL in ids and (state or state_of_all):
+        body["state"] = state or state_of_all
+    given: dict[str, Any] = {"since": since, "until": until, "dry_run": dry_run}
+    return body | {name: value for name, value in given.items() if value}
+
+
+def _post(call: Call, action: str, ids: tuple[str, ...], body: dict[str, Any]) -> int:
     answer = call.box.connection.post("outbox", action, body=body)
-    changed = answer.get("changed", 0)
-    if not changed and ALL not in ids:
+    would, changed, kept = answer.get("would_change"), answer.get("changed", 0), answer.get("kept", 0)
+    if would is None and not changed and not kept and ALL not in ids:
         raise AgentqError(
             f"no row could take {action}; see: agentqctl outbox show {ids[0]}",
             code="nothing_changed",
@@ -131,9 +180,19 @@ def _post(call: Call, action: str, ids: tuple[str, ...], sink: str | None, state
         )
     if call.as_json:
         call.out.json(answer)
+    elif would is not None:
+        call.out.line(f"{_rows(would)} would change")
     else:
-        call.out.line(f"{changed} row{'' if changed == 1 else 's'} changed")
+        call.out.line(f"{_rows(changed)} {'moved' if action == 'move' else 'changed'}")
+        if kept:
+            call.out.note(
+                f"{_rows(kept)} kept: {body.get('to')} has the same entry already (see: agentqctl outbox list --sink {body.get('from')})"
+            )
     return 0
+
+
+def _rows(count: Any) -> str:
+    return f"{count} row{'' if count == 1 else 's'}"
 
 
 _change("retry", "Send again, now; the delivery id stays.")
