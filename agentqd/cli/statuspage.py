@@ -138,9 +138,9 @@ def _draw_queues(out: Output, status: dict[str, Any]) -> None:
 
 def _draw_sinks(out: Output, status: dict[str, Any]) -> None:
     columns = (
-        Column("SINK", flex=True), Column("TYPE", drop=4), Column("DELIVERED", right=True, drop=3),
-        Column("PENDING", right=True), Column("DEAD", right=True), Column("OLDEST", right=True, drop=2),
-        Column("", drop=5), Column("LAST ERROR", flex=True, drop=1),
+        Column("SINK", flex=True), Column("TYPE", drop=5), Column("DELIVERED", right=True, drop=4),
+        Column("PENDING", right=True), Column("DEAD", right=True), Column("OLDEST", right=True, drop=3),
+        Column("", drop=1), Column("LAST ERROR", flex=True, drop=2),
     )  # fmt: skip
     rows: list[Row] = []
     for name, sink in _items(status.get("sinks")):

@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from agentqd.core.envelope import delivery_id, seal
-from agentqd.core.errors import AgentqError, ConfigError, IllegalTransition
+from agentqd.core.errors import EXIT_NO_SUCH_TASK, AgentqError, ConfigError, IllegalTransition
 from agentqd.core.limits import SINK_ERROR_CHARS_MAX
 from agentqd.core.outbox import RowState
 from agentqd.core.routing import COMPLETIONS, REJECTED
@@ -32,6 +32,7 @@ TEST_MAX_S: Final = 90.0
 
 class NoSuchSink(AgentqError):
     code = "no_such_sink"
+    exit_code = EXIT_NO_SUCH_TASK
     http_status = 404
 
 

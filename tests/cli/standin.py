@@ -48,6 +48,18 @@ def a_row(delivery_id: str = "d1f0c2", **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def a_sink(name: str = "hook", **changes: Any) -> dict[str, Any]:
+    return {
+        "name": name, "type": "webhook", "in_config": True, "pending": 3, "held": 0, "dead": 1, "delivered": 205,
+        "oldest_pending_s": 840.0, "breaker": "closed", "next_probe_at": None, "disabled": None, "disabled_by": None,
+        "disabled_at": None, "concurrency": 5, "concurrency_max": 20, "in_flight": 1, "rate": None, "rate_wait_s": 0.0,
+        "rate_limited": False, "last_error": None,
+        "backlog": {"pending": 1, "delivering": 1, "retryable": 1, "held": 0, "delivered": 205, "dead": 1, "dropped": 0},
+        "delivered_last": {"1m": 4, "5m": 20, "1h": 205}, "failed_last": {"1m": 1, "5m": 1, "1h": 2}, "counted_since": NOW,
+        **changes,
+    }  # fmt: skip
+
+
 def a_status(**changes: Any) -> dict[str, Any]:
     return {
         "box": "box1",
@@ -91,6 +103,8 @@ class StandIn:
         self.answers: dict[tuple[str, str], Handler] = {}
         self.tasks: dict[str, dict[str, Any]] = {}
         self.rows: list[dict[str, Any]] = []
+        self.sinks: list[dict[str, Any]] = [a_sink()]
+        self.outcome = "delivered"
         self.completions: list[dict[str, Any]] = []
         self.acknowledged: dict[str, int] = {}
         self.output: dict[int, bytes] = {}
@@ -216,7 +230,23 @@ class StandIn:
             if body.get("all")
             else sum(row["delivery_id"] in body["delivery_ids"] for row in self.rows)
         )
-        return web.json_response({"changed": count})
+        if body.get("dry_run"):
+            return web.json_response({"changed": 0, "would_change": count})
+        return web.json_response({"changed": count, **({"kept": 1} if rest == ["move"] else {})})
+
+    def _get_sinks(self, request: web.Request, rest: list[str], body: Any) -> web.Response:
+        return web.json_response({"sinks": self.sinks})
+
+    def _post_sinks(self, request: web.Request, rest: list[str], body: Any) -> web.Response:
+        name, verb = rest
+        if name not in {sink["name"] for sink in self.sinks}:
+            return error(404, "no_such_sink", f"there is no sink {name}")
+        if verb == "test":
+            return web.json_response({
+                "sink": name, "type": "webhook", "delivery_id": "d9", "outcome": self.outcome, "detail": "HTTP 200 \x1b[31m",
+                "retry_after_s": None, "took_s": 0.2,
+            })  # fmt: skip
+        return web.json_response({"sink": name, "disabled": verb == "disable", "changed": True})
 
     def _get_completions(self, request: web.Request, rest: list[str], body: Any) -> web.Response:
         consumer = request.query["consumer"]

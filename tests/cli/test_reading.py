@@ -12,13 +12,13 @@ from agentqd.cli.text import width
 from agentqd.client.ids import name_from, new_task_id
 
 from .conftest import Ctl
-from .standin import LATER, StandIn, a_row, a_status, a_task, error
+from .standin import LATER, StandIn, a_row, a_sink, a_status, a_task, error
 
 HOSTILE = (
     "evil \x1b[31mred\x1b]0;title\x07 \x9b2J \r\n\u202eabc\u2066 \ud800 ü 日本語の長い名前 👩‍👩‍👧 e\u0301"
 )
 READING = [
-    ["status"], ["list"], ["show", "t1"], ["outbox"], ["outbox", "list"], ["outbox", "show", "d1"], ["writes"], ["writes", "list"],
+    ["status"], ["list"], ["show", "t1"], ["outbox"], ["outbox", "list"], ["outbox", "show", "d1"], ["sink"], ["sink", "list"], ["writes"], ["writes", "list"],
     ["writes", "conflicts"], ["audit", "show"], ["audit", "verify"], ["config", "show"], ["config", "schema"], ["doctor"],
     ["pull", "--no-ack"], ["wait", "t1"], ["version"],
 ]  # fmt: skip
@@ -54,6 +54,11 @@ def fill(daemon: StandIn, name: str = "fix the tests") -> None:
             "duration_s": 4.2,
             "pulled": False,
         }
+    ]
+    daemon.sinks = [
+        a_sink(name, breaker="disabled", disabled=name, last_error=name),
+        a_sink("f" * 64, in_config=False, type=None, breaker="closed", last_error="not in the config"),
+        a_sink(breaker="open", next_probe_at=LATER, last_error=name),
     ]
     status = daemon.status
     status["running"][0]["task"] = name

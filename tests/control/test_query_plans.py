@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import sqlite3
+from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
 
-from agentqd.control import outbox, queries, tasklist
+from agentqd.control import outbox, outboxchange, queries, tasklist
 from agentqd.control.status import look
 from agentqd.control.tasklist import SEQ_MAX, Wanted
 from agentqd.core.outbox import RowState
+from agentqd.loops import rowchanges
+from agentqd.loops.rowchanges import Pick
 
 from .harness import Daemon
 
@@ -139,4 +142,23 @@ async def test_ten_thousand_waiting_tasks_cost_status_and_list_no_more_steps(dae
     assert (status["tasks"]["queued"], status["queues"]["default"]["waiting"]) == (10_200, 10_200)
     found = await daemon.get("/v1/tasks", state="queued", limit="3")
     assert [task["priority"] for task in found["tasks"]] == [5, 5, 5]
-    assert all(state.value in outbox.STATES for state in RowState)
+    assert all(state.value in outboxchange.STATES for state in RowState)
+
+
+@pytest.mark.parametrize(
+    "where", ["o.entry_seq >= ? AND o.entry_seq < ?", "e.delivery_id IN (?, ?)", "o.entry_seq IN (?, ?)"]
+)
+async def test_a_persons_word_on_rows_walks_no_table(daemon: Daemon, where: str) -> None:
+    asked: list[str] = []
+
+    class Source:
+        def execute(self, sql: str, values: Any) -> Any:
+            asked.append(sql)
+            return SimpleNamespace(fetchall=list)
+
+    rowchanges.find(Source(), Pick(("dead", "held"), "s", 1, 2), where, ())  # type: ignore[arg-type]
+    plan = await plan_of(daemon, asked[0])
+    assert not walks(plan), plan
+    assert not [step for step in plan if "outbox_open" in step], (
+        plan
+    )  # by state alone: all the dead, however many
