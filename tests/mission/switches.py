@@ -125,6 +125,7 @@ SWITCHES: tuple[Switch, ...] = (
     _switch(55, "outbox::a_malformed_entry_among_good_ones_is_set_aside_told_and_blocks_nothing", "loops/dropfolder.py", "broken = item.broken or _self_address_problem(item, box, task, attempt)", "broken = item.broken"),
     _switch(56, "outbox::a_retried_task_that_writes_the_same_reply_again_sends_it_once", "loops/dropfolder.py", 'entry_id = delivery_id(box.state_id, task.id, task.run, "entry", item.key)', 'entry_id = delivery_id(box.state_id, task.id, task.run, "entry", f"{item.key}{attempt}")'),
     _switch(57, "outbox::a_rejected_delivery_is_a_dead_letter_that_alerts_and_a_person_sends_again_with_its_id", "sinks/command.py", "if ended.exit_code == EXIT_REJECTED:", "if False:"),
+    _switch(57, "sinks::routes_by_label_result_and_type_lead_to_three_sinks", "core/routing.py", "for item in have if item for pattern in patterns)", "for item in have if item and '=' not in item for pattern in patterns)"),
     _switch(58, "clocks::a_timeout_raised_in_the_config_lets_a_running_worker_live", "loops/supervision.py", "            self.refresh_clocks(task_id)\n", "            pass\n"),
     _switch(59, "clocks::a_worker_that_has_handed_in_its_result_and_stays_is_ended_after_a_grace", "loops/handover.py", "if RESULT_KEY in keys:", "if False:"),
     _switch(60, "outbox::every_kind_of_end_is_delivered", "loops/finishing.py", "    add_result(tx, box, moved, request, data)\n    return moved", "    return moved"),
