@@ -237,6 +237,9 @@ async def _sinks(room: Room) -> list[Check]:
             known = name in room.box.settings.sinks or name == COMPLETIONS
             why = "cannot be used; the daemon's log says why" if known else "is not in the config"
             found.append(check(f"sink {name}", "error", f"{many}{why}", fix if known else None))
+        elif disabled := runner.health().get("disabled"):
+            fix = f"agentqctl sink enable {quote(name)}"
+            found.append(check(f"sink {name}", "warning", f"{many}disabled ({disabled})", fix))
         elif runner.last_error:
             found.append(
                 check(

@@ -193,16 +193,35 @@ async def test_a_receivers_no_and_a_persons_are_both_taken_back_by_enable(bench:
         await until_states(bench, delivered=2)
 
 
-async def test_a_release_that_a_crash_has_cut_goes_on_at_the_next_start(bench: Bench, plugs: Plugs) -> None:
+async def test_what_a_person_has_released_and_holds_is_theirs(bench: Bench, plugs: Plugs) -> None:
     async with delivering(bench) as loop:
         await disable(bench, loop)
-        await many(bench, 20)
-        await until_states(bench, held=20)
-    await bench.do(
-        lambda tx: parking.enable(tx, "s", None)
-    )  # and the daemon dies before it has released a row
+        await _put(bench, "d1", "d2")
+        await until_states(bench, held=2)
+        apply(bench, other=PLAIN)  # nobody holds it again at once
+        await bench.until(lambda: "s" not in loop.runners)
+        assert await person(bench, RowEvent.RELEASED, "d1") == 1
+        assert await state_of(bench, "d1") == ("pending", None)
+        assert await person(bench, RowEvent.HELD, "d1") == 1
+        apply(bench, s=PLAIN, other=PLAIN)
+        await bench.until(lambda: "s" in loop.runners)
+        await enable(bench, loop)
+        await until_states(bench, delivered=1, held=1)
+        assert await state_of(bench, "d1") == ("held", None)
+
+
+async def test_a_release_that_a_crash_has_cut_goes_on_at_the_next_start(bench: Bench, plugs: Plugs) -> None:
+    count = ROWS_A_COMMIT + 20
+    async with delivering(bench) as loop:
+        await disable(bench, loop)
+        await many(bench, count)
+        await until_states(bench, held=count)
+    await bench.do(lambda tx: parking.enable(tx, "s", None))
+    assert (
+        await bench.do(lambda tx: parking.release_disabled(tx, "s")) == ROWS_A_COMMIT
+    )  # and the daemon dies
     async with delivering(bench):
-        await until_states(bench, delivered=20)
+        await until_states(bench, delivered=count)
     assert (await bench.journal.read(lambda c: sinkmemory.load_word(c, "s"))).releasing is False
 
 
@@ -341,6 +360,10 @@ async def test_rows_of_a_renamed_sink_go_on_under_its_new_name_with_their_ids(
         def unit(tx: Any) -> Moved:
             return rowchanges.move(tx, rowchanges.find(tx, pick, "true", ()), "new", lambda *_: False)
 
+        def while_sent(tx: Any) -> Moved:
+            return rowchanges.move(tx, rowchanges.find(tx, pick, "true", ()), "new", lambda *_: True)
+
+        assert await bench.do(while_sent) == Moved(0, 0)
         done = await bench.do(unit)
         assert (done.moved, done.kept) == (3, 1)
         assert await bench.do(unit) == Moved(0, 1)
