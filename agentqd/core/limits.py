@@ -70,6 +70,7 @@ ALERTS_A_GROUP_MAX = (
     50  # of one kind about one sink (or of all handed-over files) in ALERT_GROUP_S, told one by one
 )
 ALERT_GROUP_S = 3600.0
+UNKNOWN_SINKS_MAX = 64  # names that entries may have dead rows under, though the config has none of them
 TALLY_STEP_S = 10.0  # how finely a sink's rates are counted
 SINK_REASON_CHARS_MAX = 200  # why a person has disabled a sink
 CONTACT_EVERY_S = 10.0  # a peer that contacts us wakes its sinks at most so often

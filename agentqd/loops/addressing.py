@@ -14,10 +14,9 @@ from typing import Any, Final
 
 import msgspec
 
-from agentqd.core.limits import DELIVER_TO_MAX, SINK_ERROR_CHARS_MAX
+from agentqd.core.limits import DELIVER_TO_MAX, SINK_ERROR_CHARS_MAX, UNKNOWN_SINKS_MAX
 from agentqd.core.resolve import resolve
 from agentqd.core.routing import REJECTED, Subject, forbidden, known_sink, sinks_for
-from agentqd.core.settings import Settings
 from agentqd.core.task import TaskRequest
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
@@ -26,11 +25,17 @@ from agentqd.storage.transaction import Transaction
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")  # as the config's names
 ENTRY_TYPE: Final = "agentq.task.entry"
+NO_SUCH_SINK: Final = "no_such_sink: the config has none of this name"
+_NAMES_KEY: Final = "unknown_sinks"
+_ROOM_AFTER_US: Final = (
+    3_600_000_000  # the sums that say whether a name has rows are written after this transaction's units
+)
 
 
 class Address(msgspec.Struct, frozen=True):
     sinks: list[str]  # all that get a row
-    refused: dict[str, str] = {}  # those of them whose row is dead at once: why
+    refused: dict[str, str] = {}  # sinks whose row is dead at once: why
+    left_out: dict[str, str] = {}  # names that get no row at all: why
 
 
 def names_problem(fields: Mapping[str, Any]) -> str | None:
@@ -55,27 +60,54 @@ def own_sinks(fields: Mapping[str, Any] | None) -> list[str] | None:
     return [value] if isinstance(value, str) else value
 
 
-def address_of(settings: Settings, task: TaskRow, request: TaskRequest, own: list[str] | None) -> Address:
+def address_of(
+    tx: Transaction, box: Box, task: TaskRow, request: TaskRequest, own: list[str] | None
+) -> Address:
     """What a task names was checked when it came in, and stands; only an entry's own names are looked at here."""
+    settings = box.settings
     subject = Subject(ENTRY_TYPE, task.queue, task.runner, "", tuple(request.labels or ()))
     if own is None:
         defaults = resolve(request, task.queue, task.runner, settings).deliver_to
         return Address(sinks_for(settings, subject, request.deliver_to, defaults))
-    refused = {
-        name: "no_such_sink: the config has none of this name"
-        for name in own
-        if not known_sink(settings, name)
-    }
+    unknown = [name for name in dict.fromkeys(own) if not known_sink(settings, name)]
+    kept = _kept_names(tx, unknown) if unknown else set()
+    refused = {name: NO_SUCH_SINK for name in unknown if name in kept}
+    left_out = {name: NO_SUCH_SINK for name in unknown if name not in kept}
     for problem in forbidden(settings, task.queue, task.runner, own):
-        if problem.sink not in refused:
+        if problem.sink not in unknown:
             refused[problem.sink] = f"not_allowed: {problem}"[:SINK_ERROR_CHARS_MAX]
-    return Address(sinks_for(settings, subject, own, ()), refused)
+    named = [name for name in own if name not in left_out]
+    return Address(sinks_for(settings, subject, named, ()), refused, left_out)
+
+
+def _kept_names(tx: Transaction, names: list[str]) -> set[str]:
+    """Those of these unknown names that may have rows: at most so many on the whole box (each is one more sink to show, and
+    a worker may think up any number). A name makes room once its rows have gone."""
+    row = tx.one("SELECT value FROM meta WHERE key = ?", (_NAMES_KEY,))
+    known: dict[str, int] = {} if row is None else msgspec.json.decode(row[0], type=dict[str, int])
+    new = [name for name in names if name not in known]
+    if len(known) + len(new) > UNKNOWN_SINKS_MAX:
+        known = {
+            name: at for name, at in known.items() if tx.now_us < at + _ROOM_AFTER_US or _has_rows(tx, name)
+        }
+    new = new[: max(0, UNKNOWN_SINKS_MAX - len(known))]
+    if new:
+        known |= dict.fromkeys(new, tx.now_us)
+        tx.execute(
+            "INSERT OR REPLACE INTO meta VALUES (?, ?)", (_NAMES_KEY, msgspec.json.encode(known).decode())
+        )
+    return known.keys() & set(names)
+
+
+def _has_rows(tx: Transaction, sink: str) -> bool:
+    return tx.one("SELECT 1 FROM outbox_counts WHERE sink = ? AND n <> 0", (sink,)) is not None
 
 
 def tell_refused(tx: Transaction, box: Box, task: TaskRow, key: str, entry_id: str, address: Address) -> None:
     """An event for each row that is dead at once; one alert for a task and sink, however many entries name it."""
-    for sink, reason in address.refused.items():
-        tx.event(task.id, "delivery_dead", sink=sink, delivery_id=entry_id, reason=reason)
+    for sink, reason in (address.refused | address.left_out).items():
+        if sink in address.refused:
+            tx.event(task.id, "delivery_dead", sink=sink, delivery_id=entry_id, reason=reason)
         message = f"what task {task.id} ({task.name}) handed over as {key!r} is not sent to {sink}: {reason}"
         alert(tx, box, "sink_refused", message, task=task, group="handed_over", key=f"{sink}:{reason.partition(':')[0]}",
               not_to=sink, sink=sink, entry_key=key, delivery_id=entry_id)  # fmt: skip

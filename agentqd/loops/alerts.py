@@ -1,7 +1,8 @@
 """Alerts: outbox entries of type `agentq.alert.*`, events in the chain, and a line in the log. One mechanism for all.
 
-A storm is bounded: of one kind and `group` (a sink whose receiver says no to everything, a worker whose every file is broken)
-so many are told one by one in an hour, then one says that there are more. What each was about stands in the chain anyway.
+A storm is bounded: of one kind and `group` (a sink whose receiver says no to everything, a worker whose every file is broken, a
+writer whose every line is) so many are told one by one in an hour, then one says that there are more. What each was about
+stands in the chain anyway.
 """
 
 from __future__ import annotations
@@ -111,6 +112,8 @@ def _count(tx: Transaction, group: str) -> tuple[int, int]:
     if row is not None and (kept := msgspec.json.decode(row[0], type=_Told)).hour == hour:
         told = kept
     told.count += 1
+    if told.count > ALERTS_A_GROUP_MAX + 1:
+        return told.count, hour  # it stays at that: a storm costs no write
     tx.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, msgspec.json.encode(told).decode()))
     return told.count, hour
 

@@ -208,7 +208,7 @@ def _write(
         "sha256": item.sha256,
         **_content(item),
     }
-    address = address_of(box.settings, task, request, own_sinks(_addressed(item)))
+    address = address_of(tx, box, task, request, own_sinks(_addressed(item)))
     outbox.add_entry(
         tx,
         outbox.NewEntry(

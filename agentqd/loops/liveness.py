@@ -146,6 +146,7 @@ class Liveness:
                 message,
                 task=task,
                 key=f"{entry_id}:{sink}",
+                group=sink,
                 sink=sink,
                 delivery_id=entry_id,
             )

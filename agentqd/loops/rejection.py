@@ -88,6 +88,7 @@ def reject(tx: Transaction, box: Box, at: Rejected, wrong: AgentqError) -> None:
         "line_rejected",
         f"a task was not accepted ({at.where}): {wrong.message}",
         key=place,
+        group="lines",
         reason=wrong.code,
     )
 

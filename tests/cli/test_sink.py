@@ -22,7 +22,7 @@ HOSTILE = "\x1b[31mred\x1b]0;title\x07 \u202eabc"
         ),
         ({"in_config": False, "type": None}, "not in the config"),
         ({"rate": "10/s", "rate_limited": True}, "rate-limited (10/s)"),
-        ({"rate": "10/s"}, "ok"),
+        ({"rate": "10/s"}, "ok, at most 10/s"),
     ],
 )
 def test_the_list_says_in_words_what_keeps_a_sink(
@@ -31,7 +31,7 @@ def test_the_list_says_in_words_what_keeps_a_sink(
     daemon.sinks = [a_sink(**changes)]
     cells = ctl("sink").out.rstrip("\n").split("\t")
     assert cells[2].startswith(said)
-    assert (cells[0], cells[3], cells[5], cells[7], cells[8], cells[9]) == ("hook", "3", "1", "4/20/205", "1/1/2", "1 of 5")  # fmt: skip
+    assert (cells[0], cells[3], cells[5], cells[7], cells[8], cells[9]) == ("hook", "3", "1", "4/20/205", "1/1/2", "1 of 5 (20)")  # fmt: skip
     assert ctl("sink", "list", "--json").json == daemon.sinks
 
 

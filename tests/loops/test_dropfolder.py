@@ -261,6 +261,22 @@ async def test_a_sink_that_is_not_there_or_not_allowed_costs_only_its_own_row(
     assert [kind for kind in await bench.events("a") if kind == "delivery_dead"] == ["delivery_dead"] * 3
 
 
+async def test_a_worker_that_thinks_up_sinks_makes_only_so_many(bench: Bench, drop: Path) -> None:
+    for n in range(limits.UNKNOWN_SINKS_MAX + 20):
+        (drop / f"{n:03}.json").write_text(json.dumps({"deliver_to": [f"made-up-{n}", "s"]}))
+    assert len(await _record(bench, _scan(drop).handed)) == limits.UNKNOWN_SINKS_MAX + 20
+    sinks = {row[1] for row in await _rows(bench)}
+    assert len(sinks - {"completions", "s"}) == limits.UNKNOWN_SINKS_MAX
+    assert sum(row[1:3] == ("s", "pending") for row in await _rows(bench)) == limits.UNKNOWN_SINKS_MAX + 20
+    assert len(await bench.alerts("sink_refused")) == limits.ALERTS_A_GROUP_MAX + 1
+    bench.clock.advance(3601)
+    await bench.do(lambda tx: (tx.execute("DELETE FROM outbox WHERE sink = 'made-up-0'"), tx.count_outbox("made-up-0", "dead", -1)))  # fmt: skip
+    for name in ("late", "later"):
+        (drop / f"{name}.json").write_text(json.dumps({"deliver_to": [name]}))
+    await _record(bench, _scan(drop).handed)
+    assert {row[1] for row in await _rows(bench) if row[1].startswith("late")} == {"late"}
+
+
 async def test_a_storm_of_broken_files_is_told_up_to_a_bound_and_then_once_more(
     bench: Bench, drop: Path
 ) -> None:

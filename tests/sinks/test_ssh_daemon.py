@@ -182,7 +182,7 @@ def test_rows_of_a_sink_that_was_taken_from_the_config_are_shown_and_sent_when_i
     box.config.write_text("alerts: {deliver_to: [completions]}\n")
     gone = wait_for("the edit", lambda: laptop(box)["type"] is None and laptop(box))
     assert gone["pending"] == 1
-    assert gone["last_error"] == "there is no such sink in the config"
+    assert gone["last_error"] == "not in the config"
     peer.sshd.start()
     box.kill()
     box.start()

@@ -45,7 +45,8 @@ def _sink_verb(name: str) -> Callable[[Callable[..., Any]], click.Command]:
 @_sink_verb("list")
 def list_sinks(call: Call) -> int:
     """All sinks, also those no longer in the config that have rows. Rates are tries since the daemon started or the sink was
-    edited: delivered (and FAILED) in the last minute, five minutes, hour."""
+    edited: delivered (and FAILED) in the last minute, five minutes, hour. AT ONCE: sends now, of so many as its pace allows now (at
+    most ever)."""
     sinks = take(call.box.connection.get("sinks"), "sinks", list)
     if call.as_json:
         call.out.json(sinks)
@@ -67,7 +68,9 @@ def _row(sink: dict[str, Any]) -> Row:
         duration(sink.get("oldest_pending_s")),
         _rates(sink.get("delivered_last")),
         _rates(sink.get("failed_last")),
-        f"{sink['in_flight']} of {sink.get('concurrency')}" if "in_flight" in sink else "",
+        f"{sink['in_flight']} of {sink.get('concurrency')} ({sink.get('concurrency_max')})"
+        if "in_flight" in sink
+        else "",
         str(sink.get("last_error") or ""),
     ]
 
@@ -90,7 +93,7 @@ def sink_state(sink: dict[str, Any]) -> Cell:
         return Cell("probing", "warn")
     if sink.get("rate_limited"):
         return Cell(f"rate-limited ({sink.get('rate')})", "busy")
-    return Cell("ok", "good")
+    return Cell(f"ok, at most {sink['rate']}" if sink.get("rate") else "ok", "good")
 
 
 @_sink_verb("test")
