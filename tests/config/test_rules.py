@@ -42,6 +42,11 @@ def test_each_preset_makes_a_runner_that_breaks_no_rule(preset: str) -> None:
         (Settings(routes=[Route(deliver_to=["nope"])]), ("routes", 0, "deliver_to")),
         (Settings(routes=[Route(match=Match(queue="nope"))]), ("routes", 0, "match", "queue")),
         (Settings(routes=[Route(match=Match(result=["sucess"]))]), ("routes", 0, "match", "result")),
+        (Settings(routes=[Route(match=Match(type="agentq.task.entri"))]), ("routes", 0, "match", "type")),
+        (
+            Settings(queues={"a": Queue(allow_deliver_to=["nope", "no*"])}),
+            ("queues", "a", "allow_deliver_to"),
+        ),
         (Settings(queues={"a b": Queue()}), ("queues", "a b")),
         (Settings(queues={"a": Queue(concurrency=0)}), ("queues", "a", "concurrency")),
         (Settings(max_workers=0), ("max_workers",)),
@@ -75,7 +80,17 @@ def test_completions_is_a_sink_that_everybody_knows() -> None:
 
 def test_a_route_may_match_by_pattern() -> None:
     assert (
-        check_settings(Settings(routes=[Route(match=Match(queue="night*", result=["success", "fail*"]))]))
+        check_settings(
+            Settings(
+                routes=[
+                    Route(
+                        match=Match(
+                            queue="night*", result=["success", "fail*"], type=["agentq.alert.new", "*"]
+                        )
+                    )
+                ]
+            )
+        )
         == []
     )
 

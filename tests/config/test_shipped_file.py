@@ -97,7 +97,7 @@ def test_the_schema_takes_the_shipped_file(text: str) -> None:
 @pytest.mark.parametrize(
     "value",
     [{"queuez": {}}, {"queues": {"a": {"concurrency": "many"}}}, {"defaults": {"on_lost": "cry"}}, {"defaults": {"run_timeout": "soon"}},
-     {"sinks": {"s": {"path": "/x"}}}, {"limits": {"line_bytes_max": "1XB"}}, {"routes": {}}, {"runners": {"r": {"env": {"A": 1}}}}],
+     {"sinks": {"s": {"path": "/x"}}}, {"limits": {"line_bytes_max": "1XB"}}, {"sinks": {"s": {"type": "file", "path": "/x", "rate": "10/w"}}}, {"routes": {}}, {"runners": {"r": {"env": {"A": 1}}}}],
 )  # fmt: skip
 def test_the_schema_refuses_what_the_reader_refuses(tmp_path: Path, value: dict[str, Any]) -> None:
     assert _fits(value, config_schema())
@@ -142,6 +142,25 @@ MISTAKES = [
         "did you mean completions",
     ),
     ("routes:\n  - match: {result: sucess}", 2, "routes[0].match.result", "did you mean success"),
+    (
+        "routes:\n  - match: {type: agentq.task.sucess}",
+        2,
+        "routes[0].match.type",
+        "did you mean agentq.task.success",
+    ),
+    ("sinks:\n  s: {type: file, path: /x, rate: fast}", 2, "sinks.s.rate", "10/s"),
+    (
+        "queues:\n  q:\n    allow_deliver_to: [mial]\nsinks: {mail: {type: file, path: /x}}",
+        3,
+        "queues.q.allow_deliver_to",
+        "did you mean mail",
+    ),
+    (
+        "runners:\n  shell: {allow_deliver_to: [complet]}",
+        2,
+        "runners.shell.allow_deliver_to",
+        "did you mean completions",
+    ),
     ("limits:\n  line_bytes_max: lots", 2, "limits.line_bytes_max", "size"),
     ("limits:\n  line_bytes_max: 99999999999TB", 2, "limits.line_bytes_max", "size"),
     ("control:\n  mode: 0777", 2, "control.mode", "0660"),

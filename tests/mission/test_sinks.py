@@ -153,6 +153,13 @@ def test_a_person_disables_a_sink_tests_it_and_has_what_was_held_sent(
     box.ctl("sink", "enable", "out")
     wait_for("the delivery", lambda: sink(box, "out")["backlog"]["delivered"] == 1)
     assert ids(tmp_path / "out.jsonl") == [tried["delivery_id"], rows(box, "--sink", "out")[0]["delivery_id"]]
+    box.ctl("sink", "test", "out")
+    box.kill()
+    box.start()  # it reads the file back: a test's line is nobody's
+    box.append({"task": "u", "id": "u", "prompt": "echo x", "deliver_to": ["out"]})
+    wait_for("the next", lambda: sink(box, "out")["backlog"]["delivered"] == 2)
+    types = [each["type"].rpartition(".")[2] for each in archived(tmp_path / "out.jsonl")]
+    assert types == ["test", "success", "test", "success"]
     assert archived(tmp_path / "other.jsonl") == []  # no alert: a person knows what they did
     assert box.ctl("sink", "disable", "completions").returncode == 1
     (tmp_path / "out.jsonl").unlink()
