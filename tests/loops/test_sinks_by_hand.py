@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from agentqd.control import queries
 from agentqd.core.limits import ALERTS_A_GROUP_MAX, ROWS_A_COMMIT
 from agentqd.core.outbox import RowEvent
 from agentqd.core.settings import Alerts, Settings, Sink
@@ -414,7 +415,9 @@ async def test_two_dead_sinks_do_not_tell_each_other_of_each_other_for_ever(
         assert (
             len(alerts) == 2
         )  # d1 is dead; so is the alert about it; that one is only kept, shown and logged
-        assert [line for line in bench.log.lines if line[0] == "alert"]
+        shown = await bench.journal.read(lambda c: queries.alerts_since(c, 0))  # what `status` reads
+        assert [(each.type, each.count) for each in shown] == [("agentq.alert.dead_letter", 2)]
+        assert len([event for event, _ in bench.log.lines if event == "alert"]) == 2
         rows = await bench.rows("SELECT sink, state FROM outbox ORDER BY entry_seq")
         assert rows == [("s", "dead"), ("other", "dead")]
 
