@@ -90,6 +90,7 @@ def _kept_names(tx: Transaction, names: list[str]) -> set[str]:
         known = {
             name: at for name, at in known.items() if tx.now_us < at + _ROOM_AFTER_US or _has_rows(tx, name)
         }
+        new = [name for name in names if name not in known]
     new = new[: max(0, UNKNOWN_SINKS_MAX - len(known))]
     if new:
         known |= dict.fromkeys(new, tx.now_us)

@@ -15,6 +15,9 @@ import pytest
 from agentqd.core.outbox import RowEvent
 from agentqd.core.settings import Queue, Settings, Sink
 from agentqd.core.units import Backoff, Rate
+from agentqd.storage import outbox
+from agentqd.storage.outbox import NewEntry
+from agentqd.storage.transaction import Transaction
 
 from .harness import Daemon
 
@@ -31,6 +34,7 @@ def settings(root: Path) -> Settings:
             "out": file("out.jsonl"),
             "away": file("away/out.jsonl"),
             "slow": file("slow.jsonl", rate=Rate(1, "d")),
+            "paced": file("paced.jsonl", rate=Rate(20, "s")),
             "run": Sink(type="command", command=["x"]),
         },
         queues={"narrow": Queue(allow_deliver_to=["o*"])},
@@ -40,7 +44,7 @@ def settings(root: Path) -> Settings:
 @pytest.fixture
 async def delivering(daemon: Daemon) -> AsyncIterator[Daemon]:
     task = asyncio.create_task(daemon.delivery.run())
-    await daemon.until(lambda: len(daemon.delivery.runners) == 6)
+    await daemon.until(lambda: len(daemon.delivery.runners) == 7)
     yield daemon
     task.cancel()
     with suppress(asyncio.CancelledError):
@@ -89,6 +93,22 @@ async def test_the_list_says_of_each_sink_what_keeps_it_and_what_waits(
     status = (await daemon.get("/v1/status"))["sinks"]
     assert status["slow"]["rate_limited"]
     assert status["out"].keys() < out.keys()
+
+
+async def test_a_rate_runs_on_its_own_clock(delivering: Daemon, root: Path) -> None:
+    """Nobody kicks the sink: it wakes for each token."""
+    daemon = delivering
+
+    def unit(tx: Transaction) -> None:
+        for n in range(30):
+            payload = b'{"specversion":"1.0","id":"d%d"}' % n
+            outbox.add_entry(tx, NewEntry(f"d{n}", None, 0, 0, "entry", str(n), "t", payload, ["paced"]))
+
+    began = daemon.clock.monotonic_s()
+    await daemon.journal.commit(unit)
+    await until_backlog(daemon, "paced", delivered=30)
+    assert 0.45 < daemon.clock.monotonic_s() - began < 10
+    assert [line["id"] for line in lines(root / "paced.jsonl")] == [f"d{n}" for n in range(30)]
 
 
 async def test_a_sink_with_rows_that_is_no_longer_in_the_config_is_shown_as_that(delivering: Daemon) -> None:
