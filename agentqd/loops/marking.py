@@ -31,14 +31,45 @@ def mark_for(row: DueRow, outcome: Outcome, schedule: Schedule, draw: float, now
         reason = f"{DISABLED}{reason}"[:SINK_ERROR_CHARS_MAX]
         return Mark(row.entry_seq, row.sink, row.state, RowEvent.HELD, attempts, None, None, reason)
     if isinstance(outcome, Rejected):
-        return Mark(row.entry_seq, row.sink, row.state, RowEvent.REJECTED, attempts, None, None, reason)
+        return Mark(
+            row.entry_seq,
+            row.sink,
+            row.state,
+            RowEvent.REJECTED,
+            attempts,
+            None,
+            None,
+            reason,
+            outcome.progress,
+        )
     assert isinstance(outcome, Deferred)
-    wait_s = next_try_s(schedule, attempts, draw, outcome.retry_after_s, busy=outcome.busy)
+    age_s = max(0.0, (now_us - row.created_at) / US)
+    wait_s = next_try_s(schedule, attempts, draw, outcome.retry_after_s, busy=outcome.busy, age_s=age_s)
     due_at = now_us + int(wait_s * US)
     lifetime = schedule.lifetime_s
     if lifetime is not None and due_at > row.created_at + int(lifetime * US):
-        return Mark(row.entry_seq, row.sink, row.state, RowEvent.GAVE_UP, attempts, None, None, reason)
-    return Mark(row.entry_seq, row.sink, row.state, RowEvent.DEFERRED, attempts, due_at, None, reason)
+        return Mark(
+            row.entry_seq,
+            row.sink,
+            row.state,
+            RowEvent.GAVE_UP,
+            attempts,
+            None,
+            None,
+            reason,
+            outcome.progress,
+        )
+    return Mark(
+        row.entry_seq,
+        row.sink,
+        row.state,
+        RowEvent.DEFERRED,
+        attempts,
+        due_at,
+        None,
+        reason,
+        outcome.progress,
+    )
 
 
 def record(
