@@ -223,7 +223,7 @@ def _bounded(mail: Mail, name: str) -> Mail:
     if len(raw) <= BODY_BYTES_MAX:
         return mail
     return msgspec.structs.replace(
-        _plus(mail, File(name, len(raw), content=raw)), body=f"{name}: {len(raw)} bytes, attached."
+        _plus(mail, File(name, len(raw), content=raw, text=True)), body=f"{name}: {len(raw)} bytes, attached."
     )
 
 
@@ -239,8 +239,8 @@ def _large_json(blob: str) -> Any:
     with open(descriptor, "rb") as file:
         try:
             return msgspec.json.decode(file.read())
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            return None
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise Unsendable(f"malformed: {error}") from None  # it may say where it wants to go
 
 
 def _decoded(text: object) -> bytes:

@@ -6,7 +6,10 @@ from typing import Any, Final
 
 import msgspec
 
+from agentqd.sinks.message import one_line
+
 _FILES_SHOWN: Final = 30
+_VALUE_CHARS_MAX: Final = 1000
 
 
 def of_result(data: dict[str, Any]) -> tuple[str, str]:
@@ -20,7 +23,8 @@ def of_result(data: dict[str, Any]) -> tuple[str, str]:
         ("attempt", _word(data, "attempt")),
         ("submitted", _word(data, "submitted_at")),
         ("started", _word(data, "started_at")),
-        ("completed", f"{_word(data, 'completed_at')} (after {_word(data, 'duration_s')} s)"),
+        ("completed", _word(data, "completed_at")),
+        ("took", f"{_word(data, 'duration_s')} s" if data.get("started_at") else ""),
         ("folder", _word(data, "output_dir")),
     ]
     parts = [headline, _table(pairs)]
@@ -83,8 +87,12 @@ def _indented(text: str) -> str:
 
 def _word(data: dict[str, Any], key: str) -> str:
     value = data.get(key)
-    return "" if value is None else str(value)
+    return "" if value is None else one_line(str(value), _VALUE_CHARS_MAX)
 
 
 def _shown(value: object) -> str:
-    return "" if value is None else value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    if value is None:
+        return ""
+    return one_line(
+        value if isinstance(value, str) else msgspec.json.encode(value).decode(), _VALUE_CHARS_MAX
+    )

@@ -41,6 +41,7 @@ class File(msgspec.Struct, frozen=True):
     path: str | None = None
     sha256: str | None = None
     content: bytes = b""
+    text: bool = False  # it is UTF-8 text, for sure
 
 
 class Mail(msgspec.Struct, frozen=True):
@@ -133,8 +134,13 @@ def _attach(message: EmailMessage, file: File) -> None:
     if not subtype or encoding or maintype in {"message", "multipart"}:
         maintype, subtype = "application", "octet-stream"
     content = file.content if file.path is None else _read(file)
+    params = {"charset": "utf-8"} if file.text and maintype == "text" else None
     message.add_attachment(
-        content, maintype=maintype, subtype=subtype, filename=one_line(file.name, 200) or "file"
+        content,
+        maintype=maintype,
+        subtype=subtype,
+        filename=one_line(file.name, 200) or "file",
+        params=params,
     )
 
 

@@ -1,6 +1,6 @@
 """Markdown as a person writes it in a plain mail. Line by line, no line is joined or wrapped; what is no Markdown stays as it is.
 
-Headings are underlined, **strong** becomes *strong*, emphasis _emphasis_, links `text (url)`, bullets `-`; code blocks are
+Headings are underlined, **strong** becomes *strong*, *emphasis* _emphasis_ (underscores stay: names have them), links `text (url)`, bullets `-`; code blocks are
 indented and otherwise untouched. Every pattern is linear in its line; longer lines than LINE_CHARS_MAX are left alone.
 """
 
@@ -21,7 +21,6 @@ _INLINE: Final = re.compile(
     r"|<(?P<auto>(?:https?|mailto):[^\s<>]{1,2000})>"
     r"|(?P<image>!?)\[(?P<text>[^\[\]\n]{0,1000})\]\((?P<url>[^()\s]{1,2000})(?:[ \t]+\"[^\"\n]{0,300}\")?\)"
     r"|(?<![*\w])\*\*(?=[^\s*])(?P<strong>[^*\n]{0,1000}[^\s*])\*\*(?![*\w])"
-    r"|(?<![_\w])__(?=[^\s_])(?P<strong2>[^_\n]{0,1000}[^\s_])__(?![_\w])"
     r"|(?<![*\w])\*(?=[^\s*])(?P<soft>[^*\n]{0,1000}[^\s*])\*(?![*\w])"
 )
 
@@ -69,7 +68,7 @@ def _shown(match: re.Match[str]) -> str:
     if match["url"] is not None:
         text, url = _inline(match["text"]).strip(), match["url"]
         return url if text in {"", url, url.removeprefix("mailto:")} else f"{text} ({url})"
-    if kind == "strong" or kind == "strong2":
+    if kind == "strong":
         return f"*{_inline(match[kind])}*"
     if kind == "soft":
         return f"_{_inline(match[kind])}_"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 WHOLE_S: Final = 1800.0  # of one conversation
 _QUIT_S: Final = 2.0
+_TURNS_TO_CLOSE: Final = 3  # of the event loop: TLS, then the socket
 _SLOWEST_BYTES_S: Final = (
     32 * 1024
 )  # of a message on its way; besides it the server may think as long as RFC 5321 says
@@ -83,10 +84,12 @@ async def converse(server: Server, letter: Letter, context: ssl.SSLContext | Non
         hostname=server.host, port=server.port, timeout=server.step_s, use_tls=server.tls == "tls", start_tls=False,
         tls_context=context, local_hostname=server.name,
     )  # fmt: skip
+    transport: asyncio.BaseTransport | None = None
     try:
         async with asyncio.timeout(WHOLE_S):
             await _log_in(smtp, server, context)
             answers.logged_in = True
+            transport = smtp.transport  # `quit` forgets it, and would let a TLS farewell take its time
             await _hand_over(smtp, server, letter, answers)
             with contextlib.suppress(aiosmtplib.SMTPException, OSError, TimeoutError):
                 await smtp.quit(timeout=_QUIT_S)
@@ -95,15 +98,17 @@ async def converse(server: Server, letter: Letter, context: ssl.SSLContext | Non
     except TimeoutError:
         answers.trouble = Trouble(f"not done within {WHOLE_S:g} s", connection=True, busy=True)
     finally:
-        _drop(smtp)
+        await _drop(smtp, transport or smtp.transport)
     return answers
 
 
-def _drop(smtp: SMTP) -> None:
-    transport = smtp.transport
+async def _drop(smtp: SMTP, transport: asyncio.BaseTransport | None) -> None:
+    """Closed, and its descriptor free, whatever the other side does or does not say."""
     smtp.close()
     if isinstance(transport, asyncio.WriteTransport):
-        transport.abort()  # whatever the other side does or does not say
+        transport.abort()
+    for _ in range(_TURNS_TO_CLOSE):
+        await asyncio.sleep(0)
 
 
 async def _log_in(smtp: SMTP, server: Server, context: ssl.SSLContext | None) -> None:

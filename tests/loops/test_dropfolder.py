@@ -228,6 +228,7 @@ async def test_a_drop_folder_that_the_worker_removed_is_a_problem_only_while_it_
     ],
 )
 async def test_a_json_entry_may_address_itself(bench: Bench, drop: Path, fields: dict[str, Any], sinks: list[str]) -> None:  # fmt: skip
+    (drop.parent / "work" / "plot.png").write_bytes(b"png")
     (drop / "x.json").write_text(json.dumps(fields))
     await _record(bench, _scan(drop).handed)
     assert [(row[1], row[2]) for row in await _rows(bench)] == [(sink, "pending") for sink in sinks]
@@ -261,6 +262,17 @@ async def test_attachments_are_found_in_a_state_folder_behind_a_symlink(
 ) -> None:
     (tmp_path / "elsewhere").symlink_to(bench.folders.state)
     bench.box.folders = type(bench.folders)(str(tmp_path / "elsewhere"), bench.folders.runtime)
+    behind = Path(bench.folders.attempt("a", 1), "outbox")
+    (behind.parent / "work" / "plot.png").write_bytes(b"png")
+    for path in (
+        "../work/plot.png",
+        str(behind.parent / "work" / "plot.png"),
+        str(drop.parent / "work" / "plot.png"),
+    ):
+        (drop / "y.json").write_text(json.dumps({"deliver_to": ["s"], "attachments": [path]}))
+        (item,) = _scan(behind).handed
+        assert (item.broken, len(item.attachments)) == (None, 1), path
+    (drop / "y.json").unlink()
     (drop / "x.json").write_text('{"deliver_to": ["s"], "attachments": ["../work/plot.png"]}')
     assert await _record(bench, _scan(drop).handed) == {"x.json"}
 
