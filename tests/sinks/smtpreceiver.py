@@ -9,6 +9,8 @@
 `asked` is touched once a mail is there and nothing is said; `received` gets its delivery id; `mails/N.eml` and `.json` hold it.
 """
 
+# ruff: noqa: N802 - aiosmtpd names its hooks so
+
 from __future__ import annotations
 
 import asyncio
@@ -69,14 +71,14 @@ class Handler:
 
     async def handle_EHLO(
         self, server: Receiver, session: Session, envelope: Envelope, hostname: str, responses: list[str]
-    ) -> list[str]:  # noqa: N802
+    ) -> list[str]:
         session.host_name = hostname
         reply = await self.act(server, "EHLO")
         return responses if reply is None else [reply]
 
     async def handle_MAIL(
         self, server: Receiver, session: Session, envelope: Envelope, address: str, options: list[str]
-    ) -> str:  # noqa: N802
+    ) -> str:
         reply = await self.act(server, "MAIL")
         if reply is None or reply.startswith("250"):
             envelope.mail_from = address
@@ -84,32 +86,38 @@ class Handler:
 
     async def handle_RCPT(
         self, server: Receiver, session: Session, envelope: Envelope, address: str, options: list[str]
-    ) -> str:  # noqa: N802
+    ) -> str:
         reply = self.plan.get("rcpt", {}).get(address) or await self.act(server, "RCPT")
         if reply is None or reply.startswith("250"):
             envelope.rcpt_tos.append(address)
         return reply or "250 OK"
 
-    async def handle_DATA(self, server: Receiver, session: Session, envelope: Envelope) -> str:  # noqa: N802
+    async def handle_DATA(self, server: Receiver, session: Session, envelope: Envelope) -> str:
         content = envelope.original_content or b""
-        key = email.message_from_bytes(content)["Message-ID"]
+        key = f"{base()} {email.message_from_bytes(content)['Message-ID']}"
         again = self.plan.get("once") and key in seen
         seen.add(key)
         if again:
             self.plan = {}
         if self.plan.get("at") != "dot" or self.plan.get("take"):
-            keep(content, session, envelope)
+            keep(content, server, envelope)
         return await self.act(server, "dot") or "250 2.0.0 queued"
 
-    async def handle_QUIT(self, server: Receiver, session: Session, envelope: Envelope) -> str:  # noqa: N802
+    async def handle_QUIT(self, server: Receiver, session: Session, envelope: Envelope) -> str:
         return await self.act(server, "QUIT") or "221 bye"
 
 
-def keep(content: bytes, session: Session, envelope: Envelope) -> None:
+def keep(content: bytes, server: Receiver, envelope: Envelope) -> None:
+    user, transport = server.session.auth_data, server.transport  # type: ignore[union-attr]
     folder = base() / "mails"
     folder.mkdir(exist_ok=True)
     number = len(list(folder.glob("*.eml")))
-    facts = {"from": envelope.mail_from, "to": envelope.rcpt_tos, "tls": session.ssl is not None, "user": session.auth_data and session.auth_data.decode()}  # fmt: skip
+    facts = {
+        "from": envelope.mail_from,
+        "to": envelope.rcpt_tos,
+        "tls": transport.get_extra_info("ssl_object") is not None,  # type: ignore[union-attr]
+        "user": user and user.decode(),
+    }
     (folder / f"{number}.json").write_text(json.dumps(facts))
     (folder / f".{number}").write_bytes(content)
     (folder / f".{number}").rename(folder / f"{number}.eml")
@@ -150,7 +158,7 @@ class Receiver(SMTP):
             status = status.encode("latin-1")
         await super().push(status)
 
-    async def smtp_STARTTLS(self, arg: str) -> None:  # noqa: N802
+    async def smtp_STARTTLS(self, arg: str) -> None:
         reply = await self.handler.act(self, "STARTTLS")
         if reply is not None:
             await self.push(reply)
@@ -162,11 +170,11 @@ class Receiver(SMTP):
         if self.plan.get("inject"):
             del self.push  # type: ignore[method-assign]
 
-    async def smtp_AUTH(self, arg: str) -> None:  # noqa: N802
+    async def smtp_AUTH(self, arg: str) -> None:
         reply = await self.handler.act(self, "AUTH")
         await (super().smtp_AUTH(arg) if reply is None else self.push(reply))
 
-    async def smtp_DATA(self, arg: str) -> None:  # noqa: N802
+    async def smtp_DATA(self, arg: str) -> None:
         reply = await self.handler.act(self, "DATA")
         await (super().smtp_DATA(arg) if reply is None else self.push(reply))
 

@@ -92,7 +92,7 @@ async def test_what_is_kept_between_tries_is_bounded(post: EmailAdapter) -> None
     everybody = [f"{'u' * 50}{n}@{'long.' * 30}example.org" for n in range(100)]
     post.more["allow_to"] = ["*"]
     post.plan(
-        rcpt={each: "550 " + "very long words " * 20 for each in everybody[:99]} | {everybody[99]: "451 no"}
+        rcpt=dict.fromkeys(everybody[:99], "550 " + "very long words " * 20) | {everybody[99]: "451 no"}
     )
     outcome = await send(post, a_mail({"to": everybody, "body": "x"}))
     assert isinstance(outcome, Deferred)
@@ -119,7 +119,7 @@ async def test_a_memory_of_another_version_is_no_harm(post: EmailAdapter) -> Non
         ("dot", "452 4.3.1 disk full", Deferred),
         ("dot", "554 5.7.1 spam", Rejected),
         ("dot", "299 what", Deferred),
-        *[(phase, "421 4.3.2 going down", Deferred) for phase in PHASES],
+        *[(phase, "421 4.3.2 going down", Deferred) for phase in PHASES if phase != "AUTH"],
         ("greeting", "554 no service", Deferred),
         ("EHLO", "502 what?", Deferred),
         ("STARTTLS", "454 4.7.0 no TLS today", Deferred),
@@ -133,7 +133,7 @@ async def test_a_4yz_is_later_and_a_5yz_on_the_mail_is_for_good(
     said = await send(post, three())
     assert type(said) is outcome, said
     assert isinstance(said, Deferred | Rejected)
-    assert reply.split()[0] in said.reason
+    assert reply.split(maxsplit=1)[0] in said.reason
     if reply.startswith("421"):
         assert isinstance(said, Deferred)
         assert (said.connection, said.busy) == (False, True), "it was reached, and says later"

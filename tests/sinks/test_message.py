@@ -61,7 +61,7 @@ def test_a_plain_address_is_taken_with_its_domain_in_lower_case(text: str) -> No
     ],
 )  # fmt: skip
 def test_what_could_be_read_in_two_ways_is_no_address(text: str) -> None:
-    with pytest.raises(ValueError, match="address|ASCII|longer"):
+    with pytest.raises(ValueError, match=r"address|ASCII|longer"):
         address(text)
 
 
