@@ -1,4 +1,4 @@
-"""Starts and stops sinks/smtpreceiver.py, a real SMTP server, for tests."""
+"""Starts and stops smtpreceiver.py, a real SMTP server, for tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from realbox import wait_for
 
-PROGRAM = Path(__file__).parent / "sinks" / "smtpreceiver.py"
+PROGRAM = Path(__file__).with_name("smtpreceiver.py")
 
 
 class SmtpServer:

@@ -135,7 +135,8 @@ def _addressed(
     _check_allowed((*to, *cc, *bcc, *reply_to), rules)
     if len({*to, *cc, *bcc}) > RECIPIENTS_MAX:
         raise Unsendable(f"malformed: more than {RECIPIENTS_MAX} recipients")
-    if len(files) != len(fields.get("attachments") or ()):
+    named = fields.get("attachments") or []
+    if not isinstance(named, list) or len(files) != len(named):
         raise Unsendable(
             "malformed: its attachments were not taken when it was handed over; hand it over again"
         )
