@@ -35,6 +35,7 @@ T = TypeVar("T")
 STEP_S: Final = 60.0  # for each answer of the server
 CONCURRENCY: Final = 5
 LARGE_BYTES: Final = 1 * MIB
+LARGE_WAIT_S: Final = 600.0  # of one large mail for another
 _SMALL_BYTES: Final = 64 * KIB  # put together at once; more goes to a thread
 _NAMED: Final = 4
 _WHY_CHARS: Final = 90
@@ -47,9 +48,13 @@ class Progress(msgspec.Struct):
     refused: dict[str, str] = {}
 
 
+class _NotYet(Exception):
+    """A large mail has waited long enough for its turn."""
+
+
 class EmailSink:
     batch_max = 1
-    timeout_s = WHOLE_S + 60.0
+    timeout_s = WHOLE_S + LARGE_WAIT_S + 60.0
     notice_kind = "email_setup"
 
     def __init__(self, context: Context) -> None:
@@ -93,6 +98,8 @@ class EmailSink:
                 answers = await self._send(Letter(mail.sender[1], left, content))
         except Unsendable as problem:
             return Rejected(bounded(str(problem)), delivery.progress)
+        except _NotYet:
+            return Deferred("another large mail is still on its way", progress=delivery.progress)
         except OSError as problem:
             return Deferred(bounded(f"{problem.filename}: {problem.strerror}"))
         failpoint("email_answered")
@@ -142,8 +149,14 @@ class EmailSink:
         if len(mail.body) + sum(file.size for file in mail.files) <= LARGE_BYTES:
             yield
             return
-        async with self._large:
+        try:
+            await asyncio.wait_for(self._large.acquire(), LARGE_WAIT_S)
+        except TimeoutError:
+            raise _NotYet from None
+        try:
             yield
+        finally:
+            self._large.release()
 
 
 async def _aside(delivery: Delivery, job: Callable[[], T], *, large: bool = False) -> T:

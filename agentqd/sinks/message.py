@@ -6,6 +6,7 @@ boundary from what the mail says.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import mimetypes
 import re
@@ -23,6 +24,7 @@ from agentqd.storage.files import open_regular
 MAIL_BYTES_MAX: Final = 32 * MIB  # as sent, attachments in base64
 SUBJECT_CHARS_MAX: Final = 250
 _QUOTED_CHARS_MAX: Final = 256 * 1024  # a longer text goes as base64: quoted-printable takes its time
+_PIECE_BYTES: Final = 57 * 1024  # whole lines
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _UNFOLDED: Final = frozenset({"message-id", "in-reply-to", "references"})
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -121,27 +123,41 @@ def build(mail: Mail) -> bytes:
     body = _CONTROL.sub("", mail.body.replace("\r\n", "\n"))
     cte = "base64" if len(body) > _QUOTED_CHARS_MAX else "quoted-printable"
     message.set_content(body if body.endswith("\n") else body + "\n", charset="utf-8", cte=cte)
-    for file in mail.files:
-        _attach(message, file)
-    if mail.files:
-        message.set_boundary(_boundary(mail))
-    return message.as_bytes()
+    if not mail.files:
+        return message.as_bytes()
+    for number, file in enumerate(mail.files):
+        _announce(message, file, _token(mail, number))
+    message.set_boundary(_token(mail, -1))
+    return _filled(message.as_bytes(), mail)
 
 
-def _attach(message: EmailMessage, file: File) -> None:
+def _announce(message: EmailMessage, file: File, token: str) -> None:
+    """The attachment's headers, and `token` in place of its content."""
     kind, encoding = _TYPES.guess_type(file.name, strict=False)
     maintype, _, subtype = (kind or "").partition("/")
     if not subtype or encoding or maintype in {"message", "multipart"}:
         maintype, subtype = "application", "octet-stream"
-    content = file.content if file.path is None else _read(file)
+    name = one_line(file.name, 200) or "file"
     params = {"charset": "utf-8"} if file.text and maintype == "text" else None
     message.add_attachment(
-        content,
-        maintype=maintype,
-        subtype=subtype,
-        filename=one_line(file.name, 200) or "file",
-        params=params,
+        b"", maintype=maintype, subtype=subtype, filename=name, params=params, cte="base64"
     )
+    part: Any = list(message.iter_attachments())[-1]
+    part.set_payload(token)
+
+
+def _filled(frame: bytes, mail: Mail) -> bytes:
+    """With the files in their places. Encoded here, in pieces: the library would hold up the whole daemon over a large one."""
+    pieces: list[bytes] = []
+    for number, file in enumerate(mail.files):
+        before, token, frame = frame.partition(_token(mail, number).encode())
+        assert token, "the place of an attachment"
+        pieces.append(before)
+        content = file.content if file.path is None else _read(file)
+        for start in range(0, len(content), _PIECE_BYTES):
+            lines = base64.encodebytes(content[start : start + _PIECE_BYTES])
+            pieces.append(lines.replace(b"\n", b"\r\n"))
+    return b"".join([*pieces, frame])
 
 
 def _read(file: File) -> bytes:
@@ -160,6 +176,6 @@ def _read(file: File) -> bytes:
     return content
 
 
-def _boundary(mail: Mail) -> str:
-    """No part can hold it: base64 has no `=_`, quoted-printable writes `=3D_`."""
-    return f"=_{hashlib.sha256(mail.delivery_id.encode()).hexdigest()[:40]}"
+def _token(mail: Mail, number: int) -> str:
+    """A word that no part can hold: base64 has no `=_`, quoted-printable writes `=3D_`."""
+    return f"=_{hashlib.sha256(f'{mail.delivery_id} {number}'.encode()).hexdigest()[:40]}"

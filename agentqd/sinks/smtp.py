@@ -23,6 +23,7 @@ from agentqd.sinks.reason import bounded
 if TYPE_CHECKING:
     from aiosmtplib import SMTP
     from aiosmtplib.errors import SMTPResponseException
+    from aiosmtplib.response import SMTPResponse
 
 WHOLE_S: Final = 1800.0  # of one conversation
 _QUIT_S: Final = 2.0
@@ -32,6 +33,10 @@ _SLOWEST_BYTES_S: Final = (
 )  # of a message on its way; besides it the server may think as long as RFC 5321 says
 _FINAL_DOT: Final = 2.0  # times the step: 4.5.3.2.6 asks for ten minutes, by the default
 _BUSY: Final = 421
+_GO_ON: Final = 354
+_TAKEN: Final = 250
+_PIECE_BYTES: Final = 256 * 1024
+_BUFFER_LOOK_S: Final = 0.005
 _SETUP_CODES: Final = frozenset({530, 534, 535, 538})  # log in first, and the like: not about this mail
 _ANSWER_CHARS: Final = 160
 
@@ -231,18 +236,57 @@ async def _send(smtp: SMTP, server: Server, content: bytes, taken: Sequence[str]
     import aiosmtplib
 
     patience = server.step_s * _FINAL_DOT + len(content) / _SLOWEST_BYTES_S
+    begun = await smtp.execute_command(b"DATA")
+    if begun.code != _GO_ON:
+        _not_taken(begun, taken, answers)
+        return
     try:
-        await smtp.data(content, timeout=patience)
-    except aiosmtplib.SMTPDataError as problem:
-        if not _is_answer(problem):
-            raise
-        _all(answers.refused if problem.code >= 500 else answers.later, taken, _said(problem))
+        ended = await _message(smtp, content, patience)
+    except aiosmtplib.SMTPTimeoutError:
+        raise
     except (aiosmtplib.SMTPServerDisconnected, OSError) as problem:
-        if isinstance(problem, aiosmtplib.SMTPTimeoutError):
-            raise
         raise Trouble("cut before the server had answered for the message; it may have arrived") from problem
-    else:
+    if ended.code == _TAKEN:
         answers.accepted += taken
+    else:
+        _not_taken(ended, taken, answers)
+
+
+def _not_taken(response: SMTPResponse, taken: Sequence[str], answers: Answers) -> None:
+    import aiosmtplib
+
+    problem = aiosmtplib.SMTPDataError(response.code, response.message)
+    if not _is_answer(problem):
+        raise problem
+    _all(answers.refused if problem.code >= 500 else answers.later, taken, _said(problem))
+
+
+async def _message(smtp: SMTP, content: bytes, patience: float) -> SMTPResponse:
+    """The message with its final dot, in pieces: as one, it would hold up the whole daemon. The answer may come early."""
+    import aiosmtplib
+
+    protocol, transport = smtp.protocol, smtp.transport
+    if protocol is None or not isinstance(transport, asyncio.WriteTransport):
+        raise aiosmtplib.SMTPServerDisconnected("Connection lost")
+    answer = asyncio.ensure_future(protocol.read_response(timeout=patience))
+    try:
+        stuffed = content.replace(b"\r\n.", b"\r\n..")
+        if stuffed.startswith(b"."):
+            stuffed = b"." + stuffed
+        for start in range(0, len(stuffed), _PIECE_BYTES):
+            while transport.get_write_buffer_size() > _PIECE_BYTES and not answer.done():  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(_BUFFER_LOOK_S)
+            if answer.done():
+                break
+            protocol.write(stuffed[start : start + _PIECE_BYTES])
+            await asyncio.sleep(0)
+        if not answer.done():
+            protocol.write(b".\r\n" if stuffed.endswith(b"\r\n") else b"\r\n.\r\n")
+        return await answer
+    finally:
+        answer.cancel()
+        await asyncio.wait([answer])
+        _ = answer.cancelled() or answer.exception()  # it has been looked at
 
 
 def _is_answer(problem: SMTPResponseException) -> bool:

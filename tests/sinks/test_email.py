@@ -317,6 +317,29 @@ async def test_large_mails_arrive_whole_one_at_a_time(post: EmailAdapter) -> Non
         assert file.get_content().replace("\r\n", "\n") == body
 
 
+async def test_a_large_mail_does_not_wait_for_ever_behind_another(
+    post: EmailAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentqd.sinks.email.LARGE_WAIT_S", 0.1)
+    post.plan(at="dot", do="hang")
+    sink = post.make()
+    large = a_mail({"to": ABC, "body": "x" * 2_000_000})
+    first = asyncio.ensure_future(sink.deliver([large]))
+    async with asyncio.timeout(20):
+        while not (post.base / "asked").exists():
+            await asyncio.sleep(0.01)
+    (said,) = await sink.deliver([large])
+    assert isinstance(said, Deferred)
+    assert not said.connection
+    post.plan()
+    (small,) = await sink.deliver([three()])
+    assert isinstance(small, Delivered), "a small one goes past it"
+    first.cancel()
+    await asyncio.wait([first])
+    (again,) = await sink.deliver([large])
+    assert isinstance(again, Delivered)
+
+
 async def test_what_is_not_allowed_is_never_tried(post: EmailAdapter) -> None:
     said = await send(post, a_mail({"to": ["a@example.org", "eve@evil.example"], "body": "x"}))
     assert isinstance(said, Rejected)
