@@ -317,6 +317,13 @@ async def test_large_mails_arrive_whole_one_at_a_time(post: EmailAdapter) -> Non
         assert file.get_content().replace("\r\n", "\n") == body
 
 
+async def test_lines_that_begin_with_a_dot_arrive_as_they_are(post: EmailAdapter) -> None:
+    body = ".\n..\n.x\nFrom y\n\n.\n" + "long " * 30 + "\n."
+    assert isinstance(await send(post, a_mail({"to": ABC, "body": body, "format": "text"})), Delivered)
+    (mail,) = post.server.mails()
+    assert mail.get_content().replace("\r\n", "\n") == body + "\n"
+
+
 async def test_a_large_mail_does_not_wait_for_ever_behind_another(
     post: EmailAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,6 +147,7 @@ async def test_a_wrong_password_is_one_alert_and_the_breaker_keeps_the_account_f
     async with loop_of(post, tmp_path) as (bench, runner):
         await put(bench, *[f"m{n}" for n in range(20)])
         await bench.until(lambda: runner.health()["breaker"] == "open")
+        await bench.until(lambda: not runner.in_flight)  # all marked; the notice's unit was handed in before
         alerts = await bench.alerts("email_setup")
         assert len(alerts) == 1
         assert "refuses the login" in alerts[0]["message"]
