@@ -45,6 +45,9 @@ def settings(root: Path) -> Settings:
 async def delivering(daemon: Daemon) -> AsyncIterator[Daemon]:
     task = asyncio.create_task(daemon.delivery.run())
     await daemon.until(lambda: len(daemon.delivery.runners) == 7)
+    await daemon.until(
+        lambda: all(runner.is_open or runner.last_error for runner in daemon.delivery.runners.values())
+    )
     yield daemon
     task.cancel()
     with suppress(asyncio.CancelledError):

@@ -252,6 +252,7 @@ async def test_what_a_send_learns_while_a_person_speaks_does_not_overwrite_their
         plug.gate.set()
         await until_states(bench, held=5)
     async with delivering(bench) as loop:
+        await bench.until(lambda: loop.runners["s"].is_open)
         assert loop.runners["s"].health()["disabled_by"] == "person"
 
 
