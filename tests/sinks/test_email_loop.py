@@ -15,7 +15,7 @@ from loops.harness import Bench
 from agentqd.core.outbox import RowEvent
 from agentqd.core.settings import Alerts, Settings
 from agentqd.core.settings import Sink as SinkSettings
-from agentqd.loops import operations
+from agentqd.loops import rowchanges
 from agentqd.loops.sinkrunner import SinkRunner
 from agentqd.sinks import email
 from agentqd.storage import outbox
@@ -63,6 +63,13 @@ async def put(bench: Bench, *names: str, to: object = "a@example.org") -> None:
             )
 
     await bench.do(unit)
+
+
+def _sent_again(tx: Transaction) -> int:
+    """A person's `outbox retry`."""
+    pick = rowchanges.Pick(rowchanges.states_for(RowEvent.RETRY_REQUESTED), "mail")
+    rows = rowchanges.find(tx, pick, "e.delivery_id = ?", ("dm",))
+    return rowchanges.change(tx, RowEvent.RETRY_REQUESTED, rows, lambda *_: False)
 
 
 async def states(bench: Bench, **wanted: int) -> list[tuple[Any, ...]]:
@@ -119,8 +126,7 @@ async def test_who_has_the_mail_does_not_get_it_again_after_a_restart_either(pos
             ["a@example.org", "b@example.org"],
             ["c@example.org"],
         ]
-        change = lambda tx: operations.change_rows(tx, RowEvent.RETRY_REQUESTED, ["dm"], None, "mail")  # noqa: E731
-        assert await bench.do(change) == 1
+        assert await bench.do(_sent_again) == 1
         runner.kick.set()
         await states(bench, delivered=1)
         assert len(post.server.facts()[2]["to"]) == 3, "a person has a delivered one sent again: to all"
@@ -136,7 +142,7 @@ async def test_a_dead_letter_that_is_sent_again_goes_only_to_those_who_have_not_
         (alert,) = await bench.alerts("dead_letter")
         assert "b@example.org" in alert["message"]
         post.plan()
-        await bench.do(lambda tx: operations.change_rows(tx, RowEvent.RETRY_REQUESTED, ["dm"], None, "mail"))
+        await bench.do(_sent_again)
         runner.kick.set()
         await states(bench, delivered=1)
     assert [facts["to"] for facts in post.server.facts()] == [["a@example.org"], ["b@example.org"]]
