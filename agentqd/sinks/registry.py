@@ -70,12 +70,19 @@ def _ssh(context: Context, _: int) -> Sink:
     return SshSink(context)
 
 
+def _webhook(context: Context, _: int) -> Sink:
+    from agentqd.sinks.webhook import WebhookSink
+
+    return WebhookSink(context)
+
+
 _PLUGS: Final[dict[str, Callable[[Context, int], Sink]]] = {
     "completions": _completions,
     "rejected": _rejected,
     "file": _file,
     "command": _command,
     "ssh": _ssh,
+    "webhook": _webhook,
 }
 
 
