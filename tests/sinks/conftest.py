@@ -10,6 +10,7 @@ from realsshd import RealSshd, real_sshd
 
 from .adapters import APPENDING, AppendAdapter, CompletionsAdapter
 from .sshadapters import SshAdapter, SshAppendAdapter, sshd_with_between
+from .webadapter import WebhookAdapter, receiver_process
 
 SSH = [
     pytest.param(adapter, marks=[pytest.mark.sshd, pytest.mark.xdist_group("sshd")], id=f"ssh-{adapter.mode}")
@@ -24,6 +25,13 @@ def between() -> Iterator[RealSshd]:
         sshd_with_between(sshd)
         SshAdapter.server = sshd.start()
         yield sshd
+
+
+@pytest.fixture(scope="session")
+def web_receiver() -> Iterator[None]:
+    """One process for all: the path of a request names the test's folder."""
+    with receiver_process() as WebhookAdapter.port:
+        yield
 
 
 @pytest.fixture(params=SSH)
