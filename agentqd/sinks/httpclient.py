@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import socket
 import ssl
+import sys
+import termios
 import threading
 from collections.abc import AsyncGenerator
 from typing import Any, Final, Protocol
@@ -28,7 +31,7 @@ from agentqd.sinks.answer import AnswerReader, NoAnswer
 
 CONNECT_S: Final = 10.0
 KEEP_S: Final = 15.0  # many receivers close an idle connection after 5 to 75 s
-WHOLE_S: Final = 3600.0  # of one large request, however slowly its receiver takes it
+WHOLE_S: Final = 3000.0  # of one large request, however slowly its receiver takes it
 _STALE_MAX: Final = 2
 _ADDRESSES_MAX: Final = 6
 _FLAWS: Final = (OSError, ssl.SSLError, ssl.CertificateError)
@@ -175,10 +178,12 @@ class _Connection(asyncio.Protocol):
     __slots__ = (
         "_answer",
         "_complete",
+        "_give_up_s",
         "_may_write",
         "_reader",
         "_timer",
         "_transport",
+        "_unsent",
         "idle_since",
         "is_open",
     )
@@ -191,12 +196,14 @@ class _Connection(asyncio.Protocol):
         self._may_write: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._complete = False
+        self._unsent = 0
+        self._give_up_s = 0.0
         self._transport: Any = None
 
     async def exchange(self, head: bytes, body: bytes | Pieces, answer_s: float) -> AnswerReader:
         """`answer_s` is for all of it; of a body in pieces it begins anew with each one that the receiver has taken."""
         loop = asyncio.get_running_loop()
-        self._reader, self._complete = AnswerReader(), True
+        self._reader, self._complete, self._unsent = AnswerReader(), True, 0
         answer: asyncio.Future[AnswerReader] = loop.create_future()
         self._answer = answer
         self._timer = loop.call_later(answer_s, self._late, answer_s)
@@ -219,7 +226,7 @@ class _Connection(asyncio.Protocol):
     async def _send_pieces(self, head: bytes, body: Pieces, answer_s: float) -> None:
         loop = asyncio.get_running_loop()
         assert self._answer is not None
-        self._complete, began = False, loop.time()
+        self._complete, self._give_up_s = False, loop.time() + WHOLE_S
         self._transport.write(head)
         async with contextlib.aclosing(body.pieces()) as pieces:
             async for piece in pieces:
@@ -228,12 +235,26 @@ class _Connection(asyncio.Protocol):
                 self._transport.write(piece)
                 if self._may_write is not None:
                     await asyncio.wait((self._may_write, self._answer), return_when=asyncio.FIRST_COMPLETED)
-                if loop.time() < began + WHOLE_S:
-                    assert self._timer is not None
-                    self._timer.cancel()
-                    self._timer = loop.call_later(answer_s, self._late, answer_s)
+                self._wait_anew(answer_s)
         self._complete = True
+        self._unsent = self._count_unsent()
         self._settle()
+
+    def _wait_anew(self, answer_s: float) -> bool:
+        loop = asyncio.get_running_loop()
+        if self._timer is None or loop.time() > self._give_up_s:
+            return False
+        self._timer.cancel()
+        self._timer = loop.call_later(answer_s, self._late, answer_s)
+        return True
+
+    def _count_unsent(self) -> int:
+        """What the receiver's side has not acknowledged: here, and in the kernel."""
+        there = self._transport.get_extra_info("socket")
+        in_kernel = (
+            fcntl.ioctl(there.fileno(), termios.TIOCOUTQ, bytes(4)) if there.fileno() >= 0 else bytes(4)
+        )
+        return int(self._transport.get_write_buffer_size()) + int.from_bytes(in_kernel, sys.byteorder)
 
     # Called by the event loop.
 
@@ -298,6 +319,9 @@ class _Connection(asyncio.Protocol):
 
     def _late(self, answer_s: float) -> None:
         assert self._reader is not None
+        if self._unsent and self._unsent > (unsent := self._count_unsent()) and self._wait_anew(answer_s):
+            self._unsent = unsent  # of a large body: it is still being taken
+            return
         status = self._reader.status
         what = f"HTTP {status}, and no end of its answer" if status else "no answer"
         self._fail(Unanswered(f"{what} within {answer_s:g} s", connection=True, busy=True, silent=not self._reader.taken))  # fmt: skip

@@ -39,12 +39,11 @@ TIMEOUT_S: Final = 30.0
 _BUSY: Final = frozenset({429, 503})
 _ID: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _LARGE_AT_ONCE: Final = 2  # each costs up to two MiB of memory, and a core while it is signed
-_MARGIN_S: Final = 60.0
+_CLEARLY_LATER_S: Final = 600.0  # the loop's limit: ours are told better
 
 
 class WebhookSink:
     batch_max = 1
-    timeout_s = WHOLE_S + _MARGIN_S  # its own limits are told better
     notice_kind = "webhook_secret"
 
     def __init__(self, context: Context) -> None:
@@ -58,7 +57,9 @@ class WebhookSink:
         files = settings.secret_file or []
         self._secret_files = [files] if isinstance(files, str) else files
         self._head = _head(self._url, settings.headers or {})
-        self._client = HttpClient(self._url, float(settings.timeout or TIMEOUT_S))
+        answer_s = float(settings.timeout or TIMEOUT_S)
+        self._client = HttpClient(self._url, answer_s)
+        self.timeout_s = max(WHOLE_S, answer_s) + _CLEARLY_LATER_S
         self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._now_us = context.now_us
         self._told: str | None = None
