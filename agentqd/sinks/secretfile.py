@@ -18,7 +18,7 @@ def secret_lines(path: str) -> list[str]:
     lines = [line.strip() for line in _read(path).splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
-        raise ConfigError(f"the secret file {_place(path)} is empty")
+        raise ConfigError(f"the secret file {place(path)} is empty")
     return lines
 
 
@@ -30,12 +30,12 @@ def secret(path: str) -> str:
     """
     line = _read(path).split("\n", maxsplit=1)[0].removesuffix("\r")
     if not line:
-        raise ConfigError(f"the secret file {_place(path)} is empty")
+        raise ConfigError(f"the secret file {place(path)} is empty")
     return line
 
 
 def _read(path: str) -> str:
-    place = _place(path)
+    place = place(path)
     try:
         descriptor = os.open(place, _OPEN)
     except (OSError, ValueError) as error:
@@ -63,7 +63,8 @@ def _why(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
-def _place(path: str) -> str:
+def place(path: str) -> str:
+    """The path itself. Raises ConfigError for a credential of a daemon that has none."""
     if not path.startswith(CREDENTIALS):
         return path
     folder = os.environ.get("CREDENTIALS_DIRECTORY")

@@ -31,8 +31,8 @@ from agentqd.sinks.base import Context, Deferred, Delivered, Delivery, Disabled,
 from agentqd.sinks.httpclient import WHOLE_S, HttpClient, Unanswered
 from agentqd.sinks.largebody import Damaged, LargeBody
 from agentqd.sinks.reason import bounded
-from agentqd.sinks.secretfile import secret_lines
-from agentqd.sinks.signing import Signer, read_keys, signature
+from agentqd.sinks.signing import Signer, signature
+from agentqd.sinks.signingkeys import SigningKeys
 from agentqd.system.failpoints import failpoint
 
 TIMEOUT_S: Final = 30.0
@@ -55,7 +55,7 @@ class WebhookSink:
         self.concurrency = settings.concurrency or CONCURRENCY_MAX
         self.notices: list[str] = []
         files = settings.secret_file or []
-        self._secret_files = [files] if isinstance(files, str) else files
+        self._keys = SigningKeys([files] if isinstance(files, str) else files, context.now_us)
         self._head = _head(self._url, settings.headers or {})
         answer_s = float(settings.timeout or TIMEOUT_S)
         self._client = HttpClient(self._url, answer_s)
@@ -78,7 +78,7 @@ class WebhookSink:
         if refused is not None:
             return Rejected(refused)
         try:
-            keys = self._keys()
+            keys = self._keys.now()
         except ConfigError as problem:  # never unsigned
             self._tell(problem.message)
             return Deferred(bounded(f"cannot be signed: {problem.message}"))
@@ -94,13 +94,6 @@ class WebhookSink:
         if isinstance(outcome, Delivered):
             failpoint("webhook_delivered")
         return outcome
-
-    def _keys(self) -> list[bytes]:
-        """Of all secret files, in their order. Raises ConfigError."""
-        keys: list[bytes] = []
-        for path in self._secret_files:
-            keys += read_keys(secret_lines(path), path)
-        return keys
 
     def _tell(self, what: str) -> None:
         """Once: not with each of a thousand tries."""

@@ -14,11 +14,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from agentqd.core.units import Duration
 from agentqd.sinks.base import Deferred, Delivered
 
 from .conformance import ids, open_descriptors, some
-from .httpreceiver import Receiver, closes_the_next, good, raw
+from .httpreceiver import Exchange, Receiver, closes_the_next, early, good, raw
 from .test_webhook import one, sink_to, until, web
 from .test_webhook_large import content_of, large
 
@@ -72,6 +71,13 @@ class Authority:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(file)
         return context
+
+
+@early
+async def speaks_no_tls(x: Exchange) -> None:
+    await x.reader.read(1)
+    await x.say(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    await x.close()
 
 
 @pytest.fixture
@@ -149,8 +155,8 @@ async def test_a_certificate_of_nobody_we_trust_is_refused(
 async def test_tls_where_nobody_speaks_it_and_the_other_way_round(
     web: Receiver, authority: Authority
 ) -> None:
-    async with sink_to(web.url.replace("http:", "https:"), timeout=Duration(2)) as sink:
-        web.does = raw(b"")
+    web.does = speaks_no_tls
+    async with sink_to(web.url.replace("http:", "https:")) as sink:
         outcome = await one(sink)
         assert isinstance(outcome, Deferred)
         assert outcome.connection
