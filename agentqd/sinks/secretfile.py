@@ -35,28 +35,28 @@ def secret(path: str) -> str:
 
 
 def _read(path: str) -> str:
-    place = place(path)
+    found = place(path)
     try:
-        descriptor = os.open(place, _OPEN)
+        descriptor = os.open(found, _OPEN)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"the secret file {place} cannot be read: {_why(error)}") from error
+        raise ConfigError(f"the secret file {found} cannot be read: {_why(error)}") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"the secret file {place} is no regular file")
+            raise ConfigError(f"the secret file {found} is no regular file")
         if status.st_mode & 0o007:
-            raise ConfigError(f"the secret file {place} is open to every user of this machine; chmod 600 it")
+            raise ConfigError(f"the secret file {found} is open to every user of this machine; chmod 600 it")
         content = os.read(descriptor, BYTES_MAX + 1)
     except OSError as error:
-        raise ConfigError(f"the secret file {place} cannot be read: {_why(error)}") from error
+        raise ConfigError(f"the secret file {found} cannot be read: {_why(error)}") from error
     finally:
         os.close(descriptor)
     if len(content) > BYTES_MAX:
-        raise ConfigError(f"the secret file {place} is longer than {BYTES_MAX} bytes")
+        raise ConfigError(f"the secret file {found} is longer than {BYTES_MAX} bytes")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:
-        raise ConfigError(f"the secret file {place} is not UTF-8") from None  # the cause would show the bytes
+        raise ConfigError(f"the secret file {found} is not UTF-8") from None  # the cause would show the bytes
 
 
 def _why(error: Exception) -> str:
