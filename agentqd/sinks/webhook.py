@@ -26,9 +26,9 @@ from agentqd import __version__
 from agentqd.core.errors import ConfigError
 from agentqd.core.limits import CONCURRENCY_MAX
 from agentqd.core.retry import read_retry_after_s
-from agentqd.core.weburl import WebUrl, read_url
+from agentqd.core.weburl import read_url
 from agentqd.sinks.base import Context, Deferred, Delivered, Delivery, Disabled, Found, Outcome, Rejected
-from agentqd.sinks.httpclient import WHOLE_S, HttpClient, Unanswered
+from agentqd.sinks.httppost import WHOLE_S, Answer, HttpPost, Unanswered
 from agentqd.sinks.largebody import Damaged, LargeBody
 from agentqd.sinks.reason import bounded
 from agentqd.sinks.signing import Signer, signature
@@ -56,9 +56,9 @@ class WebhookSink:
         self.notices: list[str] = []
         files = settings.secret_file or []
         self._keys = SigningKeys([files] if isinstance(files, str) else files, context.now_us)
-        self._head = _head(self._url, settings.headers or {})
+        self._headers = _headers(settings.headers or {})
         answer_s = float(settings.timeout or TIMEOUT_S)
-        self._client = HttpClient(self._url, answer_s)
+        self._client = HttpPost(self._url, answer_s, self.concurrency)
         self.timeout_s = max(WHOLE_S, answer_s) + _CLEARLY_LATER_S
         self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._now_us = context.now_us
@@ -105,7 +105,7 @@ class WebhookSink:
         body, now_us = delivery.payload, self._now_us()
         at_s = now_us // 1_000_000
         signed = signature(keys, delivery.delivery_id, at_s, body) if keys else None
-        answer = await self._client.post(self._request(delivery, at_s, len(body), signed), body)
+        answer = await self._post(delivery, at_s, len(body), signed, body)
         return outcome_of(answer.status, answer.retry_after, now_us)
 
     async def _send_large(self, delivery: Delivery, path: str, keys: Sequence[bytes]) -> Outcome:
@@ -114,20 +114,24 @@ class WebhookSink:
         try:
             body = LargeBody(delivery.payload, path)
             signed = await body.prepare(lambda: Signer(keys, delivery.delivery_id, at_s))
-            answer = await self._client.post(self._request(delivery, at_s, body.length, signed), body)
+            answer = await self._post(delivery, at_s, body.length, signed, body)
         except Damaged as problem:
             return Rejected(str(problem))
         except OSError as problem:  # our own copy of the content
             return Deferred(bounded(f"{path}: {problem.strerror or problem}"))
         return outcome_of(answer.status, answer.retry_after, self._now_us())
 
-    def _request(self, delivery: Delivery, at_s: int, length: int, signed: str | None) -> bytes:
-        own = (
-            f"Content-Length: {length}\r\nwebhook-id: {delivery.delivery_id}\r\nwebhook-timestamp: {at_s}\r\n"
-        )
-        return self._head + (f"{own}webhook-signature: {signed}\r\n\r\n" if signed else f"{own}\r\n").encode(
-            "ascii"
-        )
+    async def _post(
+        self, delivery: Delivery, at_s: int, length: int, signed: str | None, body: bytes | LargeBody
+    ) -> Answer:
+        own = {
+            "Content-Length": str(length),
+            "webhook-id": delivery.delivery_id,
+            "webhook-timestamp": str(at_s),
+        }
+        if signed:
+            own["webhook-signature"] = signed
+        return await self._client.post(self._headers | own, body)
 
 
 def outcome_of(status: int, retry_after: str | None, now_us: int) -> Outcome:
@@ -160,15 +164,12 @@ def _refusal(delivery: Delivery) -> str | None:
     return None
 
 
-def _head(url: WebUrl, headers: dict[str, str]) -> bytes:
-    """The request up to what differs from one delivery to the next. Config rules keep `headers` from naming ours."""
-    lines = {
-        "Host": url.host_header,
+def _headers(given: dict[str, str]) -> dict[str, str]:
+    """Those of each request. Config rules keep `given` from naming ours."""
+    ours = {
         "User-Agent": f"agentqd/{__version__}",
         "Accept": "*/*",
         "Content-Type": "application/cloudevents+json",
     }
-    given = {name.lower() for name in headers}
-    lines = {name: value for name, value in lines.items() if name.lower() not in given} | headers
-    text = "".join([f"{name}: {value}\r\n" for name, value in lines.items()])
-    return f"POST {url.target} HTTP/1.1\r\n{text}".encode("latin-1")
+    named = {name.lower() for name in given}
+    return {name: value for name, value in ours.items() if name.lower() not in named} | given

@@ -169,11 +169,11 @@ async def test_tls_where_nobody_speaks_it_and_the_other_way_round(
 async def test_a_receiver_that_is_silent_in_its_handshake_is_left(
     web: Receiver, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from agentqd.sinks import httpclient
+    from agentqd.sinks import httppost
 
     from .httpreceiver import never_reads
 
-    monkeypatch.setattr(httpclient, "CONNECT_S", 0.3)
+    monkeypatch.setattr(httppost, "CONNECT_S", 0.3)
     web.does = never_reads
     async with sink_to(web.url.replace("http:", "https:")) as sink:
         outcome = await one(sink)
