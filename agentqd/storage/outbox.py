@@ -48,7 +48,7 @@ _OPEN_SINKS: Final = "SELECT DISTINCT sink FROM outbox WHERE state IN ('pending'
 # All marks of a commit in one statement: a statement for each would hand the interpreter's lock to and fro for each.
 _MARK_COLUMNS: Final = ("seq", "sink", "was", "state", "attempts", "due", "delivered", "position", "error")
 _MARK: Final = (
-    "WITH marks AS MATERIALIZED (SELECT "
+    "WITH marks AS MATERIALIZED (SELECT "  # noqa: S608 - fixed names
     + ", ".join(f"json_extract(value, '$[{n}]') AS {name}" for n, name in enumerate(_MARK_COLUMNS))
     + " FROM json_each(?))"
     " UPDATE outbox SET state = m.state, attempts = m.attempts, due_at = m.due, delivered_at = m.delivered,"
