@@ -63,11 +63,17 @@ class Recorder:
 
         def unit(tx: Transaction) -> None:  # on the journal's thread, while the loop's appends
             while source:
-                answered = source.popleft()
-                taken.append(answered)
-                record(tx, self._box, answered.batch, answered.outcomes, answered.marks)
-                if answered.changed is not None:
-                    self._keep(tx, answered.changed)
+                taken.append(source.popleft())
+            record(
+                tx,
+                self._box,
+                [row for each in taken for row in each.batch],
+                [outcome for each in taken for outcome in each.outcomes],
+                [mark for each in taken for mark in each.marks],
+            )
+            for each in taken:
+                if each.changed is not None:
+                    self._keep(tx, each.changed)
 
         future = self._box.journal.submit_lazily(unit)
         future.add_done_callback(lambda done: self._done(done, taken, source))

@@ -30,7 +30,7 @@ from agentqd.loops.marking import mark_for, mark_found
 from agentqd.loops.recording import Answered, Recorder
 from agentqd.loops.sending import send
 from agentqd.loops.sinkmemory import SinkMemory
-from agentqd.sinks.base import Context, Deferred, Disabled, Exec, Outcome, Sink
+from agentqd.sinks.base import Context, Deferred, Delivered, Disabled, Exec, Outcome, Sink
 from agentqd.sinks.registry import make_sink, schedule_for
 from agentqd.storage import outbox
 from agentqd.storage.outbox import DueRow, Mark
@@ -286,16 +286,20 @@ class SinkRunner:
         """What the outcomes say about the receiver; what is to be kept of it, if that has changed."""
         now = self.box.clock.monotonic_s()
         was = self._breaker.state
-        if any(isinstance(each, Deferred) and each.connection for each in outcomes):
+        troubles = [each for each in outcomes if type(each) is not Delivered]
+        deferred = [each for each in troubles if isinstance(each, Deferred)]
+        if any(each.connection for each in deferred):
             self._breaker.failed(now, self._draw())
         else:
             self._breaker.reached(now)
-        if any(isinstance(each, Deferred) for each in outcomes):
+        if deferred:
             self._pace.failed()
         else:
             self._pace.succeeded()
-        self.last_error = next((mark.error for mark in reversed(marks) if mark.error is not None), None)
-        disabled = next((each.reason for each in outcomes if isinstance(each, Disabled)), None)
+        self.last_error = (
+            next((m.error for m in reversed(marks) if m.error is not None), None) if troubles else None
+        )
+        disabled = next((each.reason for each in troubles if isinstance(each, Disabled)), None)
         if disabled is None and self._breaker.state is was:
             return None
         if disabled is not None:
