@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import intake, machine, remote, rest, spawn_latency, status, throughput, waiting
+from benchmarks import intake, machine, remote, rest, spawn_latency, status, throughput, waiting, webhook
 from benchmarks.measure import Row
 
 _OUTPUT = Path(__file__).with_name("last-run.json")
@@ -54,6 +54,9 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         "waiting": lambda: waiting.measure(folder, lines, samples),
         "rest": lambda: rest.measure(folder, 5 if quick else 30),
         "status": lambda: status.measure(folder, samples),
+        "webhook": lambda: webhook.measure(
+            folder, 2_000 if quick else 20_000, 1 if quick else webhook.ROUNDS
+        ),
         "remote": lambda: remote.measure(
             folder,
             submits=20 if quick else 50,
@@ -135,7 +138,17 @@ def _parse() -> argparse.Namespace:
         "--only",
         action="append",
         metavar="PART",
-        choices=["latency", "throughput", "intake", "waiting", "rest", "status", "remote", "large"],
+        choices=[
+            "latency",
+            "throughput",
+            "intake",
+            "waiting",
+            "rest",
+            "status",
+            "webhook",
+            "remote",
+            "large",
+        ],
     )
     parser.add_argument(
         "--dir", metavar="DIR", help="a folder on a real disk (default: the temporary one, /var/tmp, here)"
