@@ -131,15 +131,11 @@ def admit_entangled(tx: Transaction, box: Box, item: Candidate, refused: TaskRow
     if met.strangers:
         tell(tx, new.id, new.name, met)
         if met.decision is Decision.REFUSE:
-            return _refuse_conflict(tx, box, item, met, refused)
+            return _refuse_conflict(tx, box, item, met, after, refused)
     waits = bool(found) or met.decision is Decision.WAIT
     if waits and new.event is not Event.ACCEPTED_BLOCKED:
         new.event, new.reason = Event.ACCEPTED_BLOCKED, DEPENDENCY if found else WRITE_CONFLICT
-    seq = _put(tx, new, refused)
-    tx.executemany(
-        "INSERT OR IGNORE INTO dependencies (task_seq, on_seq) VALUES (?, ?)",
-        [(seq, row.seq) for row in found.values()],
-    )
+    seq = _put(tx, new, refused, after)
     intents.claim(tx, seq, item.writes, item.on_conflict)
     task = store.get(tx, seq)
     if met.decision is Decision.WARN:
@@ -154,6 +150,7 @@ def _refuse_conflict(
     box: Box,
     item: Candidate,
     met: Met,
+    after: Sequence[int],
     refused: TaskRow | None,
 ) -> Outcome:
     """By socket: an error and no task. By file: a task that has finished, refused; its result tells of it."""
@@ -164,7 +161,7 @@ def _refuse_conflict(
         )
     new = item.new
     new.event, new.reason, new.detail, new.wake_at = Event.REFUSED, WRITE_CONFLICT, text, None
-    seq = _put(tx, new, refused)
+    seq = _put(tx, new, refused, after)
     task = store.get(tx, seq)
     data = result_data(box, task, AttemptEnd(task.id, 0, item.request), None, {}, tx.now_us)
     add_result(tx, box, task, item.request, {**data, "conflicts": told})
@@ -257,11 +254,14 @@ def _dedup_over(tx: Transaction, box: Box, first: TaskRow) -> bool:
     return undelivered is None and unpulled is None
 
 
-def _put(tx: Transaction, new: NewTask, refused: TaskRow | None) -> int:
+def _put(tx: Transaction, new: NewTask, refused: TaskRow | None, after: Sequence[int]) -> int:
     """A row of its own, or the row of the refused task whose id it has; its seq."""
     if refused is not None:
-        return _take_over(tx, new, refused).seq
-    (seq,) = store.insert_tasks(tx, [new])
+        seq = _take_over(tx, new, refused).seq
+    else:
+        (seq,) = store.insert_tasks(tx, [new])
+    sql = "INSERT OR IGNORE INTO dependencies (task_seq, on_seq) VALUES (?, ?)"
+    tx.executemany(sql, [(seq, on_seq) for on_seq in after])
     return seq
 
 

@@ -131,15 +131,21 @@ def leads_back(tx: Transaction, start: Iterable[int], to: int) -> bool:
         seq = ways.pop()
         if seq == to or len(seen) > WAITS_FOLLOWED_MAX:
             return True
-        new = _waits_for(tx, seq) - seen
+        new = _waits_for(tx, seq, to) - seen
         seen |= new
         ways += new
     return False
 
 
-def _waits_for(tx: Transaction, seq: int) -> set[int]:
-    """Everything that could make it wait, now or later (a superset: that it may have its way clear already is not asked)."""
-    sql = "SELECT d.on_seq FROM dependencies d JOIN tasks t ON t.seq = d.on_seq WHERE d.task_seq = ? AND t.state <> 'finished'"
-    found = {row[0] for row in tx.execute(sql, (seq,))}
+def _waits_for(tx: Transaction, seq: int, to: int) -> set[int]:
+    """Everything that could make it wait, now or later, `to` being about to live again.
+
+    A superset: whether it has its way clear already is not asked.
+    """
+    sql = (
+        "SELECT d.on_seq FROM dependencies d JOIN tasks t ON t.seq = d.on_seq"
+        " WHERE d.task_seq = ? AND (t.state <> 'finished' OR t.seq = ?)"
+    )
+    found = {row[0] for row in tx.execute(sql, (seq, to))}
     mine = intents.claim_of(tx, seq)
     return found if mine is None else found | intents.holders(tx, mine.paths, mine.place)

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import sys
 import unicodedata
 from itertools import islice
 from typing import Final
@@ -62,7 +63,7 @@ def _kind(path: str) -> int | None:
     buffer = ctypes.create_string_buffer(256)
     if _libc.statfs(os.fsencode(path), buffer) != 0:
         return None
-    return int.from_bytes(buffer.raw[: ctypes.sizeof(ctypes.c_long)], "little") & 0xFFFFFFFF
+    return int.from_bytes(buffer.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder) & 0xFFFFFFFF
 
 
 def _flagged(folder: str) -> bool:
