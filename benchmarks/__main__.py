@@ -13,7 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import intake, machine, remote, rest, spawn_latency, status, throughput, waiting, webhook
+from benchmarks import (
+    claims,
+    intake,
+    machine,
+    remote,
+    rest,
+    spawn_latency,
+    status,
+    throughput,
+    waiting,
+    webhook,
+)
 from benchmarks.measure import Row
 
 _OUTPUT = Path(__file__).with_name("last-run.json")
@@ -52,6 +63,7 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         ),
         "intake": lambda: intake.measure(folder, lines, 1 if quick else intake.ROUNDS),
         "waiting": lambda: waiting.measure(folder, lines, samples),
+        "claims": lambda: claims.measure(_sub(folder, "claims"), 10_000, samples),
         "rest": lambda: rest.measure(folder, 5 if quick else 30),
         "status": lambda: status.measure(folder, samples),
         "webhook": lambda: webhook.measure(
@@ -143,6 +155,7 @@ def _parse() -> argparse.Namespace:
             "throughput",
             "intake",
             "waiting",
+            "claims",
             "rest",
             "status",
             "webhook",
