@@ -31,7 +31,7 @@ _DUE_KEYS: Final = (
 )
 _DUE_ROW: Final = (
     "SELECT o.entry_seq, o.sink, o.state, o.attempts, o.created_at, e.delivery_id, e.type, e.kind, e.key, t.id,"
-    " e.payload, e.blob, e.sha256, o.due_at"
+    " e.payload, e.blob, e.sha256, o.due_at, o.progress"
     " FROM outbox o JOIN entries e ON e.seq = o.entry_seq LEFT JOIN tasks t ON t.seq = e.task_seq"
     " WHERE o.entry_seq = ? AND o.sink = ?"
 )
@@ -46,15 +46,27 @@ _FIRST_OPEN: Final = (
 _NEXT_DUE: Final = "SELECT min(due_at) FROM outbox WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at > ?"
 _OPEN_SINKS: Final = "SELECT DISTINCT sink FROM outbox WHERE state IN ('pending','delivering','retryable')"
 # All marks of a commit in one statement: a statement for each would hand the interpreter's lock to and fro for each.
-_MARK_COLUMNS: Final = ("seq", "sink", "was", "state", "attempts", "due", "delivered", "position", "error")
+_MARK_COLUMNS: Final = (
+    "seq",
+    "sink",
+    "was",
+    "state",
+    "attempts",
+    "due",
+    "delivered",
+    "position",
+    "error",
+)
 _MARK: Final = (
     "WITH marks AS MATERIALIZED (SELECT "  # noqa: S608 - fixed names
     + ", ".join(f"json_extract(value, '$[{n}]') AS {name}" for n, name in enumerate(_MARK_COLUMNS))
     + " FROM json_each(?))"
     " UPDATE outbox SET state = m.state, attempts = m.attempts, due_at = m.due, delivered_at = m.delivered,"
-    " position = m.position, last_error = m.error FROM marks m"
+    " position = m.position, last_error = m.error,"
+    " progress = CASE WHEN m.state = 'delivered' THEN NULL ELSE outbox.progress END FROM marks m"
     " WHERE outbox.entry_seq = m.seq AND outbox.sink = m.sink AND outbox.state = m.was RETURNING entry_seq, sink"
 )
+_PROGRESS: Final = "UPDATE outbox SET progress = ? WHERE entry_seq = ? AND sink = ?"
 _INSERT_TRY: Final = (
     "INSERT OR REPLACE INTO tries (entry_seq, sink, n, at, outcome, reason) VALUES (?,?,?,?,?,?)"
 )
@@ -75,6 +87,7 @@ class NewEntry(msgspec.Struct):
     sinks: Sequence[str]
     task_id: str | None = None
     blob: str | None = None
+    attachments: Sequence[str] = ()  # further files in blobs/, kept as long as the entry
     dead_reason: str | None = None  # set aside at once: rows are `dead` with this reason
     due_at: int | None = None
 
@@ -94,6 +107,7 @@ class DueRow(msgspec.Struct, frozen=True):
     blob: str | None
     sha256: bytes
     due_at: int
+    progress: bytes | None = None  # what the sink wants to know again
 
 
 class Mark(msgspec.Struct, frozen=True):
@@ -107,6 +121,7 @@ class Mark(msgspec.Struct, frozen=True):
     due_at: int | None = None
     position: int | None = None
     error: str | None = None
+    progress: bytes | None = None  # None: as it was; a delivered row forgets it
 
 
 def entry_exists(source: Transaction | sqlite3.Connection, delivery_id: str) -> tuple[int, bytes] | None:
@@ -124,6 +139,8 @@ def add_entry(tx: Transaction, entry: NewEntry) -> int:
         (seq, entry.delivery_id, entry.task_seq, entry.run, entry.attempt, entry.kind, entry.key, entry.type, tx.now_us,
          len(entry.payload), digest, entry.payload, entry.blob),
     )  # fmt: skip
+    for path in dict.fromkeys(entry.attachments):
+        tx.execute("INSERT INTO attachments (entry_seq, blob) VALUES (?, ?)", (seq, path))
     dead = entry.dead_reason is not None
     state = RowState.DEAD if dead else RowState.PENDING
     due_at = None if dead else entry.due_at or tx.now_us
@@ -233,6 +250,10 @@ def mark(tx: Transaction, marks: Iterable[Mark]) -> list[Mark]:
             tx.count_outbox(item.sink, row[2], -1)
             tx.count_outbox(item.sink, row[3], 1)
             done.append(item)
+            if (
+                item.progress is not None and row[3] != RowState.DELIVERED.value
+            ):  # bytes, which JSON has none of
+                tx.execute(_PROGRESS, (item.progress, item.entry_seq, item.sink))
     return done
 
 

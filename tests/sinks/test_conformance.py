@@ -29,8 +29,9 @@ NO_ANSWER = [Condition.DEFERRING, Condition.CRASHING, Condition.AMBIGUOUS, Condi
     params=[*(pytest.param(adapter, id=adapter.type) for adapter in (*ADAPTERS, WebhookAdapter)), *SSH]
 )
 def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Adapter]:
-    if request.param.needs is not None:
-        request.getfixturevalue(request.param.needs)
+    receiver = {"email": "smtpd"}.get(request.param.type, request.param.needs)
+    if receiver is not None:
+        request.getfixturevalue(receiver)
     base = tmp_path / "base"
     base.mkdir()
     made = request.param(base)
