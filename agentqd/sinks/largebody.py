@@ -43,14 +43,17 @@ class LargeBody:
 
     def __init__(self, payload: bytes, path: str) -> None:
         """Raises Damaged: the envelope does not name this file."""
-        named = b'"path":' + msgspec.json.encode(path) + b"}}"
-        if not payload.endswith(named):
+        named = b'"path":' + msgspec.json.encode(
+            path
+        )  # the first of that name: in a text its quotes would be escaped
+        before, found, after = payload.partition(named)
+        if not found or after[:1] not in {b"}", b","}:
             raise Damaged("the envelope does not name its content's file")
         try:
             self._data = msgspec.json.decode(data_of(payload), type=_Data)
         except (msgspec.DecodeError, ValueError):
             raise Damaged("the envelope does not say its content's sha256") from None
-        self._before = payload[: -len(named)]
+        self._before, self._after = before, b'"' + after
         self._path = path
         self._form: Form = "content"
         self.length = 0
@@ -120,7 +123,7 @@ class LargeBody:
             )
         if self._form == "content":
             decoder.decode(b"", final=True)
-        yield b'"}}'
+        yield self._after
 
 
 def _opener(path: str, flags: int) -> int:

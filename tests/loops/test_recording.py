@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from agentqd.core.outbox import RowEvent, RowState
 from agentqd.loops import recording
 from agentqd.loops.marking import mark_for
 from agentqd.loops.recording import Answered, Recorder
 from agentqd.sinks.base import Delivered
 from agentqd.sinks.registry import SCHEDULES
 from agentqd.storage import outbox
-from agentqd.storage.outbox import DueRow
+from agentqd.storage.outbox import DueRow, Mark
 
 from .harness import Bench
 from .test_delivery import _put
@@ -85,3 +86,20 @@ async def test_what_waits_when_the_runner_ends_is_in_the_journal_when_it_closes(
     await bench.turn()
     await bench.until(lambda: len(told) == 10)
     assert await bench.rows("SELECT DISTINCT state FROM outbox") == [("delivered",)]
+
+
+async def test_progress_is_kept_byte_for_byte_until_its_row_is_delivered(bench: Bench) -> None:
+    await _put(bench, "d1", "d2")
+    rows = await bench.journal.read(lambda c: outbox.due(c, "s", bench.clock.now_us(), 10))
+    kept = bytes(range(256))
+    deferred = [
+        Mark(row.entry_seq, "s", row.state, RowEvent.DEFERRED, 1, 5, None, "later", kept) for row in rows
+    ]
+    await bench.do(lambda tx: outbox.mark(tx, deferred))
+    assert await bench.rows("SELECT progress FROM outbox ORDER BY entry_seq") == [(kept,), (kept,)]
+    again = [
+        Mark(rows[0].entry_seq, "s", RowState.RETRYABLE, RowEvent.DEFERRED, 2, 5, None, "later"),
+        Mark(rows[1].entry_seq, "s", RowState.RETRYABLE, RowEvent.ACKNOWLEDGED, 2),
+    ]
+    await bench.do(lambda tx: outbox.mark(tx, again))
+    assert await bench.rows("SELECT progress FROM outbox ORDER BY entry_seq") == [(kept,), (None,)]

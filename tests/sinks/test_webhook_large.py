@@ -89,6 +89,18 @@ async def test_the_content_itself_goes_out_signed_and_the_same_at_each_try(
     assert first.body == second.body
 
 
+async def test_what_stands_behind_the_path_stays_there(web: Receiver, tmp_path: Path) -> None:
+    """Attachments of a mail; one may be the very file that the entry is."""
+    sent = large(tmp_path, b"x" * 300_000)
+    named = b'"path":' + msgspec.json.encode(sent.blob_path)
+    payload = sent.payload.replace(named + b"}}", named + b',"attachments":[{' + named + b"}]}}")
+    async with sink_to(web.url) as sink:
+        assert await sink.deliver([msgspec.structs.replace(sent, payload=payload)]) == [Delivered()]
+    data = json.loads(web.seen[0].body)["data"]
+    assert data["content"] == "x" * 300_000
+    assert data["attachments"] == [{"path": sent.blob_path}]
+
+
 @settings(max_examples=40, deadline=None)
 @given(content=st.binary(max_size=3000) | st.text(max_size=3000).map(lambda text: text.encode("utf-8", "replace")), chunk=st.integers(1, 50))  # fmt: skip
 def test_the_pieces_are_the_envelope_with_the_content_in_it_wherever_they_are_cut(
