@@ -31,7 +31,9 @@ class Delivery(msgspec.Struct, frozen=True):
     payload: bytes  # the sealed envelope; core.envelope.data_of gives the data object's bytes
     created_at: int  # microseconds
     attempts: int  # how many tries came before this one
-    blob_path: str | None = None  # file with a large entry's content (the payload then names it); its name is its sha256
+    blob_path: str | None = (
+        None  # file with a large entry's content (the payload then names it); its name is its sha256
+    )
 
 
 class Delivered(msgspec.Struct, frozen=True):
