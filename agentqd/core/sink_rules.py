@@ -18,6 +18,7 @@ READY_SINK_TYPES: Final = (  # those that have a plug
     "file",
     "command",
     "ssh",
+    "notify",
 )
 _COMMON: Final = frozenset(
     {"type", "timeout", "backoff", "backoff_max", "lifetime", "concurrency", "ordered"}
@@ -108,6 +109,10 @@ def _check_ssh(key: Key, sink: Sink) -> Iterator[Problem]:
         yield Problem((*key, "concurrency"), "a sink of type ssh sends one at a time")
 
 
+def _check_notify(key: Key, sink: Sink) -> Iterator[Problem]:
+    yield from secret_place((*key, "urls_file"), sink.urls_file)
+
+
 def _given(sink: Sink) -> Iterator[str]:
     for field in msgspec.structs.fields(sink):
         if getattr(sink, field.name) is not None:
@@ -118,4 +123,5 @@ _OF_TYPE: Final[dict[str, Callable[[Key, Sink], Iterator[Problem]]]] = {
     "file": _check_file,
     "command": _check_command,
     "ssh": _check_ssh,
+    "notify": _check_notify,
 }

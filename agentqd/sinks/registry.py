@@ -70,12 +70,19 @@ def _ssh(context: Context, _: int) -> Sink:
     return SshSink(context)
 
 
+def _notify(context: Context, _: int) -> Sink:
+    from agentqd.sinks.notify import NotifySink
+
+    return NotifySink(context)
+
+
 _PLUGS: Final[dict[str, Callable[[Context, int], Sink]]] = {
     "completions": _completions,
     "rejected": _rejected,
     "file": _file,
     "command": _command,
     "ssh": _ssh,
+    "notify": _notify,
 }
 
 
