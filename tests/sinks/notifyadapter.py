@@ -70,7 +70,7 @@ class NotifyAdapter(Adapter):
 
     def holds(self, delivery: Delivery) -> bool:
         """A message is no copy: it has the delivery's id, its key and the beginning of its content."""
-        (found,) = [each for each in self.messages() if each["message"].endswith(delivery.delivery_id)]
+        found = next(each for each in self.messages() if each["message"].endswith(delivery.delivery_id))
         data = json.loads(delivery.payload)["data"]
         seen = f"{found['title']}\n{found['message']}"
         if "status" in data:
