@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from typing import Any, Final
@@ -29,11 +30,11 @@ _DUE_KEYS: Final = (
     "SELECT entry_seq FROM outbox WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at <= ?"
     " ORDER BY due_at, entry_seq"
 )
-_DUE_ROW: Final = (
+_DUE_ROWS: Final = (  # json_each keeps its order, and the cross join the order of the tables
     "SELECT o.entry_seq, o.sink, o.state, o.attempts, o.created_at, e.delivery_id, e.type, e.kind, e.key, t.id,"
     " e.payload, e.blob, e.sha256, o.due_at"
-    " FROM outbox o JOIN entries e ON e.seq = o.entry_seq LEFT JOIN tasks t ON t.seq = e.task_seq"
-    " WHERE o.entry_seq = ? AND o.sink = ?"
+    " FROM json_each(?) j CROSS JOIN outbox o ON o.entry_seq = j.value AND o.sink = ?"
+    " CROSS JOIN entries e ON e.seq = o.entry_seq LEFT JOIN tasks t ON t.seq = e.task_seq"
 )
 # By the primary key (the unary plus keeps other indexes out): the order of entries, a window at a time.
 _ORDERED_KEYS: Final = (
@@ -46,9 +47,17 @@ _FIRST_OPEN: Final = (
 _NEXT_DUE: Final = "SELECT min(due_at) FROM outbox WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at > ?"
 _OPEN_SINKS: Final = "SELECT DISTINCT sink FROM outbox WHERE state IN ('pending','delivering','retryable')"
 _MARK: Final = (
-    "UPDATE outbox SET state = ?, attempts = ?, due_at = ?, delivered_at = ?, position = ?, last_error = ?"
+    "UPDATE outbox SET state = ?, attempts = ?, due_at = ?, delivered_at = NULL, position = ?, last_error = ?"
     " WHERE entry_seq = ? AND sink = ? AND state = ?"
 )
+# One statement, and so one turn of the interpreter's lock, for a whole batch; [[entry_seq, was, attempts, position], ...].
+_MARK_DELIVERED: Final = (
+    "UPDATE outbox SET state = 'delivered', attempts = j.attempts, due_at = NULL, delivered_at = ?, position = j.position, last_error = NULL"
+    " FROM (SELECT json_extract(value, '$[0]') AS seq, json_extract(value, '$[1]') AS was, json_extract(value, '$[2]') AS attempts,"
+    " json_extract(value, '$[3]') AS position FROM json_each(?)) j"
+    " WHERE outbox.entry_seq = j.seq AND outbox.sink = ? AND outbox.state = j.was"
+)
+_MARKED_NOW: Final = "SELECT entry_seq FROM outbox JOIN json_each(?) ON entry_seq = value WHERE sink = ? AND state = 'delivered' AND delivered_at = ?"
 _INSERT_TRY: Final = (
     "INSERT OR REPLACE INTO tries (entry_seq, sink, n, at, outcome, reason) VALUES (?,?,?,?,?,?)"
 )
@@ -191,14 +200,16 @@ def next_in_order(
 def _load(
     source: sqlite3.Connection | Transaction, sink: str, seqs: Sequence[int], bytes_max: int
 ) -> list[DueRow]:
+    """In the order of `seqs`, which the index has given: each row is read once, at least one, and then at most `bytes_max` of payload."""
     rows: list[DueRow] = []
     size = 0
-    for seq in seqs:
-        r = source.execute(_DUE_ROW, (seq, sink)).fetchone()
+    cursor = source.execute(_DUE_ROWS, (str(list(seqs)), sink))
+    for r in cursor:  # a row at a time: what would be too much is never read
         size += len(r[10])
         if rows and size > bytes_max:
             break
         rows.append(DueRow(r[0], r[1], RowState(r[2]), *r[3:]))
+    cursor.close()
     return rows
 
 
@@ -213,20 +224,43 @@ def open_sinks(source: sqlite3.Connection | Transaction) -> set[str]:
 
 def mark(tx: Transaction, marks: Iterable[Mark]) -> list[Mark]:
     """Record outcomes. A row that has moved meanwhile (a person dropped it) is left as it is and not returned."""
+    delivered: dict[str, list[Mark]] = {}
     done = []
     for item in marks:
-        state = next_row_state(RowState.DELIVERING, item.event)
-        delivered_at = tx.now_us if state is RowState.DELIVERED else None
-        cursor = tx.execute(
-            _MARK,
-            (state.value, item.attempts, item.due_at, delivered_at, item.position, item.error, item.entry_seq, item.sink,
-             item.was.value),
-        )  # fmt: skip
-        if cursor.rowcount != 1:
-            continue
-        tx.count_outbox(item.sink, item.was.value, -1)
-        tx.count_outbox(item.sink, state.value, 1)
-        done.append(item)
+        if item.event is RowEvent.ACKNOWLEDGED:
+            delivered.setdefault(item.sink, []).append(item)
+        elif _mark_one(tx, item):
+            done.append(item)
+    for sink, items in delivered.items():
+        done += _mark_delivered(tx, sink, items)
+    return done
+
+
+def _mark_one(tx: Transaction, item: Mark) -> bool:
+    state = next_row_state(RowState.DELIVERING, item.event)
+    cursor = tx.execute(
+        _MARK,
+        (state.value, item.attempts, item.due_at, item.position, item.error, item.entry_seq, item.sink, item.was.value),
+    )  # fmt: skip
+    if cursor.rowcount != 1:
+        return False
+    tx.count_outbox(item.sink, item.was.value, -1)
+    tx.count_outbox(item.sink, state.value, 1)
+    return True
+
+
+def _mark_delivered(tx: Transaction, sink: str, marks: list[Mark]) -> list[Mark]:
+    assert next_row_state(RowState.DELIVERING, RowEvent.ACKNOWLEDGED) is RowState.DELIVERED
+    told = msgspec.json.encode([(m.entry_seq, m.was.value, m.attempts, m.position) for m in marks]).decode()
+    done = marks
+    if tx.execute(_MARK_DELIVERED, (tx.now_us, told, sink)).rowcount != len(marks):
+        seqs = str([mark.entry_seq for mark in marks])
+        moved = {row[0] for row in tx.execute(_MARKED_NOW, (seqs, sink, tx.now_us))}
+        done = [mark for mark in marks if mark.entry_seq in moved]
+    for was, count in Counter(mark.was.value for mark in done).items():
+        tx.count_outbox(sink, was, -count)
+    if done:
+        tx.count_outbox(sink, RowState.DELIVERED.value, len(done))
     return done
 
 
