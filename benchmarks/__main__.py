@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import intake, machine, remote, rest, spawn_latency, status, throughput, waiting
+from benchmarks import intake, isolation, machine, remote, rest, spawn_latency, status, throughput, waiting
 from benchmarks.measure import Row
 
 _OUTPUT = Path(__file__).with_name("last-run.json")
@@ -54,6 +54,7 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         "waiting": lambda: waiting.measure(folder, lines, samples),
         "rest": lambda: rest.measure(folder, 5 if quick else 30),
         "status": lambda: status.measure(folder, samples),
+        "isolation": lambda: isolation.measure(_sub(folder, "isolation"), samples),
         "remote": lambda: remote.measure(
             folder,
             submits=20 if quick else 50,
@@ -135,7 +136,17 @@ def _parse() -> argparse.Namespace:
         "--only",
         action="append",
         metavar="PART",
-        choices=["latency", "throughput", "intake", "waiting", "rest", "status", "remote", "large"],
+        choices=[
+            "latency",
+            "throughput",
+            "intake",
+            "waiting",
+            "rest",
+            "status",
+            "isolation",
+            "remote",
+            "large",
+        ],
     )
     parser.add_argument(
         "--dir", metavar="DIR", help="a folder on a real disk (default: the temporary one, /var/tmp, here)"
