@@ -13,7 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import intake, isolation, machine, remote, rest, spawn_latency, status, throughput, waiting
+from benchmarks import (
+    delivery,
+    intake,
+    isolation,
+    machine,
+    remote,
+    rest,
+    spawn_latency,
+    status,
+    throughput,
+    waiting,
+)
 from benchmarks.measure import Row
 
 _OUTPUT = Path(__file__).with_name("last-run.json")
@@ -54,6 +65,13 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         "waiting": lambda: waiting.measure(folder, lines, samples),
         "rest": lambda: rest.measure(folder, 5 if quick else 30),
         "status": lambda: status.measure(folder, samples),
+        "delivery": lambda: delivery.measure(
+            folder / "delivery",
+            lines,
+            20_000 if quick else 100_000,
+            50 if quick else 500,
+            1 if quick else delivery.ROUNDS,
+        ),
         "isolation": lambda: isolation.measure(_sub(folder, "isolation"), samples),
         "remote": lambda: remote.measure(
             folder,
@@ -143,6 +161,7 @@ def _parse() -> argparse.Namespace:
             "waiting",
             "rest",
             "status",
+            "delivery",
             "isolation",
             "remote",
             "large",
