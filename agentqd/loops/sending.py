@@ -19,6 +19,10 @@ DAMAGED: Final = "the stored payload does not match its sha256: it was damaged o
 TURN_ROWS: Final = 200
 
 
+class Unfit(Rejected, frozen=True):
+    """Rejected by us: the receiver was not asked, and nothing is known of it."""
+
+
 async def send(plug: Sink, name: str, batch: Sequence[DueRow], log: Log) -> Sequence[Outcome]:
     """One outcome for each. What is damaged is never sent and stops none of the others."""
     looks = not getattr(plug, "checks_content", False)
@@ -27,7 +31,7 @@ async def send(plug: Sink, name: str, batch: Sequence[DueRow], log: Log) -> Sequ
         if place and place % TURN_ROWS == 0:
             await asyncio.sleep(0)  # a thousand sums are milliseconds, and other sinks wait for this thread
         if hashlib.sha256(row.payload).digest() != row.sha256:
-            unfit[place] = Rejected(DAMAGED)
+            unfit[place] = Unfit(DAMAGED)
         elif row.blob is not None and looks and (verdict := await _content_problem(row.blob)) is not None:
             unfit[place] = verdict
     if not unfit:
@@ -41,7 +45,7 @@ async def _content_problem(path: str) -> Outcome | None:
     try:
         await check_aside(path)
     except ContentLost as lost:
-        return Rejected(str(lost))
+        return Unfit(str(lost))
     except OSError as problem:
         return Deferred(bounded(f"{path}: the stored content cannot be read: {problem.strerror}"))
     return None

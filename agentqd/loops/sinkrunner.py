@@ -28,7 +28,7 @@ from agentqd.loops.alerts import alert
 from agentqd.loops.backlog import Backlog, OrderedBacklog
 from agentqd.loops.box import Box, Signal
 from agentqd.loops.marking import mark_for, mark_found, record
-from agentqd.loops.sending import send
+from agentqd.loops.sending import Unfit, send
 from agentqd.loops.sinkmemory import SinkMemory
 from agentqd.sinks.base import Context, Deferred, Disabled, Exec, Outcome, Sink
 from agentqd.sinks.registry import make_sink, schedule_for
@@ -277,7 +277,7 @@ class SinkRunner:
         was = self._breaker.state
         if any(isinstance(each, Deferred) and each.connection for each in outcomes):
             self._breaker.failed(now, self._draw())
-        else:
+        elif not all(isinstance(each, Unfit) for each in outcomes):
             self._breaker.reached(now)
         if any(isinstance(each, Deferred) for each in outcomes):
             self._pace.failed()

@@ -13,6 +13,7 @@ import pytest
 from agentqd.core.settings import Alerts, Settings, Sink
 from agentqd.core.units import Backoff, Duration
 from agentqd.sinks import content
+from agentqd.sinks.base import Deferred, Delivered
 from agentqd.storage import outbox
 from agentqd.storage.outbox import NewEntry
 from agentqd.storage.transaction import Transaction
@@ -125,8 +126,6 @@ async def test_what_is_no_file_of_ours_is_not_sent_and_hangs_nobody(
 
 
 async def test_content_is_checked_again_before_every_try(bench: Bench, plug: Script) -> None:  # noqa: F811
-    from agentqd.sinks.base import Deferred
-
     path = blob(bench)
     plug.answers = [lambda batch: [Deferred("later")] * len(batch)]
     async with _running(bench) as runner:
@@ -180,10 +179,30 @@ async def test_the_event_loop_goes_on_while_content_is_checked(
         await _state(bench, "delivered", "delivered")
 
 
+async def test_a_damaged_row_is_no_sign_of_life_of_a_dead_receiver(bench: Bench, plug: Script) -> None:  # noqa: F811
+    plug.concurrency = 1
+    plug.answers = [lambda batch: [Deferred("refused", connection=True)]] * 6
+    async with _running(bench) as runner:
+        for n in range(5):
+            await put(bench, f"d{n}")
+        await _state(bench, *["retryable"] * 5)
+        assert runner.health()["breaker"] == "open"
+        await put(bench, "damaged")
+        await bench.do(
+            lambda tx: tx.execute("UPDATE entries SET payload = x'7b7d' WHERE delivery_id = 'damaged'")
+        )
+        runner.forget()
+        await bench.do(lambda tx: tx.execute("UPDATE outbox SET due_at = 1 WHERE entry_seq = 6"))
+        _wait(bench, runner, 61)
+        await bench.until(lambda: len(plug.seen) == 6)
+        await bench.until(lambda: runner.health()["breaker"] == "open")
+        assert runner._breaker._openings == 2, "the next probe has found it dead, and the rest is longer"
+        await _state(bench, *["retryable"] * 5, "dead")
+
+
 def test_a_plug_that_looks_for_itself_is_not_looked_at_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     from agentqd.core.outbox import RowState
     from agentqd.loops import sending
-    from agentqd.sinks.base import Delivered
     from agentqd.storage.outbox import DueRow
 
     class Looks(Script):
