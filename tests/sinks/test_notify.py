@@ -235,6 +235,7 @@ async def test_no_token_is_ever_logged_printed_or_given_as_a_reason(
     assert len(said) == 7
     assert all(isinstance(each, Deferred) and len(each.reason) <= SINK_ERROR_CHARS_MAX for each in said)
     assert "URL 1 of 4 (JSON): ValueError" in str(said[5])
+    assert not [each for each in heard if each.startswith(("apprise", "urllib3", "requests"))]
     printed = "".join(capfd.readouterr())
     for text in (repr(said), "\n".join(heard), printed):
         assert TOKEN not in text
