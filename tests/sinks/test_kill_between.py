@@ -14,7 +14,7 @@ import pytest
 from conftest import MakeBox
 from realbox import RealBox, wait_for
 
-from .notifyadapter import NotifyAdapter
+from .notifyadapter import TOKEN, NotifyAdapter
 
 pytestmark = pytest.mark.real
 KILLS = 1
@@ -24,6 +24,7 @@ class Receiver:
     """Not ready until `mend`."""
 
     doubles = True  # the receiver is told twice, under one id
+    secret: str | None = None  # that nothing may ever show
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -70,6 +71,8 @@ class File(Receiver):
 
 
 class Notify(Receiver):
+    secret = TOKEN
+
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.service = NotifyAdapter(folder)
@@ -121,3 +124,12 @@ def test_a_daemon_killed_between_send_and_mark_sends_the_same_id_again(make_box:
     wait_for("the mark", lambda: row_of(box).get("state") == "delivered")
     assert set(receiver.ids()) == {row_of(box)["delivery_id"]}
     assert len(receiver.ids()) == (kills + 1 if receiver.doubles else 1)
+    if receiver.secret is not None:
+        told = [
+            box.status(),
+            box.show("t"),
+            box.completions(),
+            box.api("GET", "/v1/doctor"),
+            box.api("GET", "/v1/config"),
+        ]
+        assert receiver.secret not in json.dumps(told) + box.log_text()
