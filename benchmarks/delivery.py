@@ -31,13 +31,14 @@ from agentqd.sinks.completions import CompletionLines
 from agentqd.storage import outbox
 from agentqd.storage.outbox import NewEntry
 from agentqd.storage.transaction import Transaction
+from agentqd.system.clock import SystemClock
 from benchmarks.box import rss_mb
 from benchmarks.measure import Row, percentile, summary
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from loops.harness import Bench
 
-ROUNDS: Final = 5
+ROUNDS: Final = 3
 FEW: Final = 1000
 _A_COMMIT: Final = 2000
 _LATER_US: Final = 3600 * 1_000_000
@@ -174,7 +175,9 @@ async def _drain_s(base: Path, settings: Settings, sink: str, count: int) -> flo
 
 @asynccontextmanager
 async def _bench(base: Path, settings: Settings) -> AsyncIterator[Bench]:
-    async with Bench(base, settings) as bench:
+    made = Bench(base, settings)
+    made.clock = SystemClock()  # type: ignore[assignment]
+    async with made as bench:
         bench.hooks.clear()  # no scheduler
         yield bench
 

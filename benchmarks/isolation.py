@@ -29,6 +29,7 @@ from benchmarks.measure import Row, interleaved, percentile, summary
 FLOOD: Final = 20_000
 DEAD: Final = 1000
 SLOW: Final = 1000
+SAMPLES: Final = 400  # at most: the flood is to last as long
 BLOCKS: Final = 10
 _PAUSE_S: Final = 0.025
 _A_COMMIT: Final = 2000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from agentqd.loops.delivery import DeliveryLoop
 from agentqd.sinks.base import Context, Deferred, Delivery
 from agentqd.sinks.base import Sink as Plug
 from agentqd.sinks.registry import make_sink
+from agentqd.system.clock import SystemClock
 
 from .harness import Bench
 from .test_delivery import Script, _put
@@ -39,6 +40,14 @@ def settings(tmp_path: Path) -> Settings:
             "slow": command,
         }
     )
+
+
+@pytest.fixture
+async def bench(tmp_path: Path, settings: Settings) -> AsyncIterator[Bench]:
+    made = Bench(tmp_path, settings)
+    made.clock = SystemClock()  # type: ignore[assignment]
+    async with made:
+        yield made
 
 
 async def delivery_s(bench: Bench, path: Path, name: str) -> float:
