@@ -227,8 +227,13 @@ class _Calls:
 
         # A daemon thread: a service that hangs must not keep the process from leaving.
         thread = threading.Thread(target=run, name=self._name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no thread left on this machine
+            self._slots.release()
+            del self._under_way[key]
+            raise
         self._threads.add(thread)
-        thread.start()
         return ended
 
     def join_ended(self) -> None:

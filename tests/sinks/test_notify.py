@@ -118,6 +118,25 @@ async def test_calls_that_hang_are_bounded_hold_up_nobody_and_their_threads_end(
     await sink.close()
 
 
+async def test_a_machine_without_threads_loses_no_place_for_calls(
+    people: NotifyAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notify, "THREADS_MAX", 1)
+    sink = await opened(people)
+    assert isinstance(await one(sink), Delivered)
+    with monkeypatch.context() as patch:
+        patch.setattr(notify.threading.Thread, "start", _no_thread)
+        for _ in range(3):
+            with pytest.raises(RuntimeError):
+                await sink._call(("d", "u"), None, None)  # type: ignore[attr-defined]
+    assert isinstance(await one(sink, 2), Delivered)
+    await sink.close()
+
+
+def _no_thread(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 async def test_a_hung_call_does_not_keep_the_process_from_leaving(people: NotifyAdapter) -> None:
     people.say("hanging")
     program = (
