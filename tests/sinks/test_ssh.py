@@ -167,8 +167,9 @@ def dropped(port: int) -> Iterator[None]:
 async def test_dropped_packets_in_mid_transfer_and_at_login_hold_nobody_for_long(peer: SshAdapter, between: RealSshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     peer.step_s = 1.0
     sink = sink_of(peer)
-    blob = tmp_path / "blob"
-    blob.write_bytes(os.urandom(30_000_000))
+    content = os.urandom(30_000_000)
+    blob = tmp_path / hashlib.sha256(content).hexdigest()
+    blob.write_bytes(content)
     plain = delivery(1)
     item = Delivery(**{**{f: getattr(plain, f) for f in Delivery.__struct_fields__}, "blob_path": str(blob)})
     sending = asyncio.ensure_future(one(sink, item))
