@@ -33,7 +33,7 @@ from .conftest import SSH
 TIMES = {"rejected": 20}  # of the others a hundred; it is the same plug as completions
 AT_ONCE = 4  # fewer losses in a row than open the breaker
 SSH_TIMES = int(
-    os.environ.get("AGENTQD_EFFECTS", "8")
+    os.environ.get("AGENTQD_EFFECTS", "4")
 )  # a loss is two or three logins there, and CI has an end
 HOUR_S = 3601.0  # longer than any backoff
 LOSSES = {"before": Condition.CRASHING, "after": Condition.AMBIGUOUS}
