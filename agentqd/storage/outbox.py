@@ -55,9 +55,8 @@ _MARK_DELIVERED: Final = (
     "UPDATE outbox SET state = 'delivered', attempts = j.attempts, due_at = NULL, delivered_at = ?, position = j.position, last_error = NULL"
     " FROM (SELECT json_extract(value, '$[0]') AS seq, json_extract(value, '$[1]') AS was, json_extract(value, '$[2]') AS attempts,"
     " json_extract(value, '$[3]') AS position FROM json_each(?)) j"
-    " WHERE outbox.entry_seq = j.seq AND outbox.sink = ? AND outbox.state = j.was"
+    " WHERE outbox.entry_seq = j.seq AND outbox.sink = ? AND outbox.state = j.was RETURNING entry_seq"
 )
-_MARKED_NOW: Final = "SELECT entry_seq FROM outbox JOIN json_each(?) ON entry_seq = value WHERE sink = ? AND state = 'delivered' AND delivered_at = ?"
 _INSERT_TRY: Final = (
     "INSERT OR REPLACE INTO tries (entry_seq, sink, n, at, outcome, reason) VALUES (?,?,?,?,?,?)"
 )
@@ -252,11 +251,8 @@ def _mark_one(tx: Transaction, item: Mark) -> bool:
 def _mark_delivered(tx: Transaction, sink: str, marks: list[Mark]) -> list[Mark]:
     assert next_row_state(RowState.DELIVERING, RowEvent.ACKNOWLEDGED) is RowState.DELIVERED
     told = msgspec.json.encode([(m.entry_seq, m.was.value, m.attempts, m.position) for m in marks]).decode()
-    done = marks
-    if tx.execute(_MARK_DELIVERED, (tx.now_us, told, sink)).rowcount != len(marks):
-        seqs = str([mark.entry_seq for mark in marks])
-        moved = {row[0] for row in tx.execute(_MARKED_NOW, (seqs, sink, tx.now_us))}
-        done = [mark for mark in marks if mark.entry_seq in moved]
+    moved = {seq for (seq,) in tx.execute(_MARK_DELIVERED, (tx.now_us, told, sink)).fetchall()}
+    done = [mark for mark in marks if mark.entry_seq in moved]
     for was, count in Counter(mark.was.value for mark in done).items():
         tx.count_outbox(sink, was, -count)
     if done:
