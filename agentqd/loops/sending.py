@@ -8,7 +8,9 @@ import traceback
 from collections.abc import Sequence
 from typing import Final
 
-from agentqd.core.limits import SINK_ERROR_CHARS_MAX
+import msgspec
+
+from agentqd.core.limits import PROGRESS_BYTES_MAX, SINK_ERROR_CHARS_MAX
 from agentqd.loops.box import Log
 from agentqd.sinks.base import Deferred, Delivery, Outcome, Rejected, Sink
 from agentqd.sinks.content import ContentLost, check_aside
@@ -55,7 +57,8 @@ async def _ask(plug: Sink, name: str, batch: Sequence[DueRow], log: Log) -> Sequ
     """The plug's answer; a time-out, an exception or nonsense is `Deferred`."""
     deliveries = [
         Delivery(
-            row.delivery_id, row.entry_seq, row.type, row.kind, row.key, row.task_id, row.payload, row.created_at, row.attempts, row.blob
+            row.delivery_id, row.entry_seq, row.type, row.kind, row.key, row.task_id, row.payload, row.created_at, row.attempts, row.blob,
+            row.progress,
         )
         for row in batch
     ]  # fmt: skip
@@ -72,4 +75,13 @@ async def _ask(plug: Sink, name: str, batch: Sequence[DueRow], log: Log) -> Sequ
     if not sound or len(outcomes) != len(batch):
         said = f"{len(outcomes)} of {len(batch)} deliveries" if sound else "with what is no outcome"
         return [Deferred(f"the sink answered {said}")] * len(batch)
-    return outcomes
+    return [_within_bounds(each, name, log) for each in outcomes]
+
+
+def _within_bounds(outcome: Outcome, name: str, log: Log) -> Outcome:
+    """A memory that is too large is not kept: the next try is as after a crash."""
+    progress = outcome.progress if isinstance(outcome, Deferred | Rejected) else None
+    if progress is None or len(progress) <= PROGRESS_BYTES_MAX:
+        return outcome
+    log.error("sink_progress_too_large", sink=name, bytes=len(progress))
+    return msgspec.structs.replace(outcome, progress=None)

@@ -4,7 +4,7 @@ in `urls_file` has accepted it.
 Promises:
 1. The URLs carry tokens. They are read anew for each try and stand in no log, reason or answer: a service is called by its
    number in the file and its name. What apprise and its HTTP library log ends here; of it only a status code is kept.
-2. A service that has accepted a message is not asked again while the others are tried again (`_Progress`).
+2. A service that has accepted a message is not asked again while the others are tried again, over restarts too (`_Progress`).
 3. Apprise blocks, and a call that hangs cannot be stopped: each has a thread of its own that keeps nobody from leaving, at
    most THREADS_MAX at once. When all of them hang, a try is deferred at once. A call that ends late still counts.
 """
@@ -89,6 +89,7 @@ class NotifySink:
             services = await asyncio.to_thread(self._read_services)
         except ConfigError as problem:
             return Deferred(bounded(problem.message))
+        self._progress.recall(delivery.delivery_id, delivery.progress)
         if self._calls.all_hang:
             return Deferred(f"{THREADS_MAX} calls to services hang; none is added", connection=True)
         answers = await self._ask(delivery.delivery_id, message, services)
@@ -97,7 +98,7 @@ class NotifySink:
             self._progress.forget(delivery.delivery_id)
             names = ", ".join(name for name, _ in answers)
             return Delivered(detail=bounded(names))
-        return _deferred(refused, len(answers))
+        return _deferred(refused, len(answers), self._progress.told(delivery.delivery_id))
 
     async def _ask(
         self, delivery_id: str, message: Message, services: dict[str, Any]
@@ -163,8 +164,8 @@ _Key = tuple[str, str]  # delivery id, digest of the URL
 
 
 class _Progress:
-    """Which services have accepted what, of deliveries that others still owe an answer for. In memory: after a restart of the
-    daemon those that had accepted are asked again."""
+    """Which services have accepted what, of deliveries that others still owe an answer for. Kept with the row (`told`, `recall`), and
+    here for what is accepted after a try was given up."""
 
     def __init__(self) -> None:
         self._accepted: OrderedDict[str, set[str]] = OrderedDict()
@@ -177,6 +178,14 @@ class _Progress:
         self._accepted.move_to_end(key[0])
         while len(self._accepted) > REMEMBERED_MAX:
             self._accepted.popitem(last=False)
+
+    def recall(self, delivery_id: str, told: bytes | None) -> None:
+        for digest in (told or b"").decode("ascii", "replace").split():
+            self.note((delivery_id, digest))
+
+    def told(self, delivery_id: str) -> bytes | None:
+        """As the row keeps it."""
+        return " ".join(sorted(self._accepted.get(delivery_id, ()))).encode() or None
 
     def forget(self, delivery_id: str) -> None:
         self._accepted.pop(delivery_id, None)
@@ -337,8 +346,8 @@ def _digest(url: str) -> str:
     return hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
-def _deferred(refused: list[tuple[int, str, Answer]], of: int) -> Deferred:
+def _deferred(refused: list[tuple[int, str, Answer]], of: int, progress: bytes | None) -> Deferred:
     said = "; ".join(f"URL {n} of {of} ({name}): {answer.said}" for n, name, answer in refused)
     unreached = all(answer.status is None for _, _, answer in refused) and len(refused) == of
     busy = any(answer.status == _TOO_MANY for _, _, answer in refused)
-    return Deferred(bounded(said), connection=unreached, busy=busy)
+    return Deferred(bounded(said), connection=unreached, busy=busy, progress=progress)

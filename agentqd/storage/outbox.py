@@ -32,7 +32,7 @@ _DUE_KEYS: Final = (
 )
 _DUE_ROWS: Final = (  # json_each keeps its order, and the cross join the order of the tables
     "SELECT o.entry_seq, o.sink, o.state, o.attempts, o.created_at, e.delivery_id, e.type, e.kind, e.key, t.id,"
-    " e.payload, e.blob, e.sha256, o.due_at"
+    " e.payload, e.blob, e.sha256, o.due_at, o.progress"
     " FROM json_each(?) j CROSS JOIN outbox o ON o.entry_seq = j.value AND o.sink = ?"
     " CROSS JOIN entries e ON e.seq = o.entry_seq LEFT JOIN tasks t ON t.seq = e.task_seq"
 )
@@ -47,12 +47,12 @@ _FIRST_OPEN: Final = (
 _NEXT_DUE: Final = "SELECT min(due_at) FROM outbox WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at > ?"
 _OPEN_SINKS: Final = "SELECT DISTINCT sink FROM outbox WHERE state IN ('pending','delivering','retryable')"
 _MARK: Final = (
-    "UPDATE outbox SET state = ?, attempts = ?, due_at = ?, delivered_at = NULL, position = ?, last_error = ?"
+    "UPDATE outbox SET state = ?, attempts = ?, due_at = ?, delivered_at = NULL, position = ?, last_error = ?, progress = coalesce(?, progress)"
     " WHERE entry_seq = ? AND sink = ? AND state = ?"
 )
 # One statement, and so one turn of the interpreter's lock, for a whole batch; [[entry_seq, was, attempts, position], ...].
 _MARK_DELIVERED: Final = (
-    "UPDATE outbox SET state = 'delivered', attempts = j.attempts, due_at = NULL, delivered_at = ?, position = j.position, last_error = NULL"
+    "UPDATE outbox SET state = 'delivered', attempts = j.attempts, due_at = NULL, delivered_at = ?, position = j.position, last_error = NULL, progress = NULL"
     " FROM (SELECT json_extract(value, '$[0]') AS seq, json_extract(value, '$[1]') AS was, json_extract(value, '$[2]') AS attempts,"
     " json_extract(value, '$[3]') AS position FROM json_each(?)) j"
     " WHERE outbox.entry_seq = j.seq AND outbox.sink = ? AND outbox.state = j.was RETURNING entry_seq"
@@ -77,6 +77,7 @@ class NewEntry(msgspec.Struct):
     sinks: Sequence[str]
     task_id: str | None = None
     blob: str | None = None
+    attachments: Sequence[str] = ()  # further files in blobs/, kept as long as the entry
     dead_reason: str | None = None  # set aside at once: rows are `dead` with this reason
     due_at: int | None = None
 
@@ -96,6 +97,7 @@ class DueRow(msgspec.Struct, frozen=True):
     blob: str | None
     sha256: bytes
     due_at: int
+    progress: bytes | None = None  # what the sink wants to know again
 
 
 class Mark(msgspec.Struct, frozen=True):
@@ -109,6 +111,7 @@ class Mark(msgspec.Struct, frozen=True):
     due_at: int | None = None
     position: int | None = None
     error: str | None = None
+    progress: bytes | None = None  # None: as it was; a delivered row forgets it
 
 
 def entry_exists(source: Transaction | sqlite3.Connection, delivery_id: str) -> tuple[int, bytes] | None:
@@ -126,6 +129,8 @@ def add_entry(tx: Transaction, entry: NewEntry) -> int:
         (seq, entry.delivery_id, entry.task_seq, entry.run, entry.attempt, entry.kind, entry.key, entry.type, tx.now_us,
          len(entry.payload), digest, entry.payload, entry.blob),
     )  # fmt: skip
+    for path in dict.fromkeys(entry.attachments):
+        tx.execute("INSERT INTO attachments (entry_seq, blob) VALUES (?, ?)", (seq, path))
     dead = entry.dead_reason is not None
     state = RowState.DEAD if dead else RowState.PENDING
     due_at = None if dead else entry.due_at or tx.now_us
@@ -239,7 +244,7 @@ def _mark_one(tx: Transaction, item: Mark) -> bool:
     state = next_row_state(RowState.DELIVERING, item.event)
     cursor = tx.execute(
         _MARK,
-        (state.value, item.attempts, item.due_at, item.position, item.error, item.entry_seq, item.sink, item.was.value),
+        (state.value, item.attempts, item.due_at, item.position, item.error, item.progress, item.entry_seq, item.sink, item.was.value),
     )  # fmt: skip
     if cursor.rowcount != 1:
         return False

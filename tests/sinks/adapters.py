@@ -21,6 +21,7 @@ from agentqd.sinks.base import Delivered, Delivery, Exec, ExecResult
 
 from .conformance import Adapter, Condition, with_payload
 from .notifyadapter import NotifyAdapter
+from .smtpadapter import EmailAdapter
 
 
 class FaultyDisk:
@@ -241,6 +242,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     FileAdapter,
     CommandAdapter,
     NotifyAdapter,
+    EmailAdapter,
 )
 APPENDING: tuple[type[AppendAdapter], ...] = (CompletionsAdapter, RejectedAdapter, FileAdapter)
 

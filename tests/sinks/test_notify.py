@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from agentqd.core.envelope import seal
@@ -74,6 +75,23 @@ async def test_a_service_that_has_accepted_is_not_asked_again_while_another_is_d
     await one(sink)
     assert len(people.taken()) == 6, "it is forgotten once all have it: sent again is sent again"
     await sink.close()
+
+
+async def test_what_was_accepted_is_known_after_a_restart(people: NotifyAdapter) -> None:
+    people.write_urls("one", "two")
+    people.say("deferring", "two")
+    sink = await opened(people)
+    outcome = await one(sink)
+    assert isinstance(outcome, Deferred)
+    assert outcome.progress is not None
+    assert TOKEN.encode() not in outcome.progress
+    await sink.close()
+    people.say("good", "two")
+    again = await opened(people)
+    item = msgspec.structs.replace(delivery(1), progress=outcome.progress)
+    assert isinstance((await again.deliver([item]))[0], Delivered)
+    assert [path for path, _ in people.taken()] == ["one", "two"]
+    await again.close()
 
 
 async def test_an_answer_that_comes_too_late_still_counts(people: NotifyAdapter) -> None:
