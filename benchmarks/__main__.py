@@ -15,7 +15,9 @@ from typing import Any
 
 from benchmarks import (
     claims,
+    delivery,
     intake,
+    isolation,
     machine,
     remote,
     rest,
@@ -69,6 +71,14 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         "webhook": lambda: webhook.measure(
             folder, 2_000 if quick else 20_000, 1 if quick else webhook.ROUNDS
         ),
+        "delivery": lambda: delivery.measure(
+            folder / "delivery",
+            lines,
+            20_000 if quick else 100_000,
+            50 if quick else 500,
+            1 if quick else delivery.ROUNDS,
+        ),
+        "isolation": lambda: isolation.measure(_sub(folder, "isolation"), min(samples, isolation.SAMPLES)),
         "remote": lambda: remote.measure(
             folder,
             submits=20 if quick else 50,
@@ -159,6 +169,8 @@ def _parse() -> argparse.Namespace:
             "rest",
             "status",
             "webhook",
+            "delivery",
+            "isolation",
             "remote",
             "large",
         ],

@@ -27,6 +27,7 @@ READY_SINK_TYPES: Final = (  # those that have a plug
     "file",
     "command",
     "ssh",
+    "notify",
     "email",
     "webhook",
 )
@@ -119,6 +120,10 @@ def _check_ssh(key: Key, sink: Sink) -> Iterator[Problem]:
         yield Problem((*key, "concurrency"), "a sink of type ssh sends one at a time")
 
 
+def _check_notify(key: Key, sink: Sink) -> Iterator[Problem]:
+    yield from secret_place((*key, "urls_file"), sink.urls_file)
+
+
 def _check_email(key: Key, sink: Sink) -> Iterator[Problem]:
     if sink.host is not None and not _WORD.fullmatch(sink.host):
         yield Problem((*key, "host"), f"{sink.host!r} is no name")
@@ -185,6 +190,7 @@ _OF_TYPE: Final[dict[str, Callable[[Key, Sink], Iterator[Problem]]]] = {
     "file": _check_file,
     "command": _check_command,
     "ssh": _check_ssh,
+    "notify": _check_notify,
     "email": _check_email,
     "webhook": _check_webhook,
 }

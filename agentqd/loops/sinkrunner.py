@@ -28,7 +28,7 @@ from agentqd.loops.backlog import Backlog, OrderedBacklog
 from agentqd.loops.box import Box, Signal
 from agentqd.loops.marking import mark_for, mark_found
 from agentqd.loops.recording import Answered, Recorder
-from agentqd.loops.sending import send
+from agentqd.loops.sending import Unfit, send
 from agentqd.loops.sinkmemory import SinkMemory
 from agentqd.sinks.base import Context, Deferred, Delivered, Disabled, Exec, Outcome, Sink
 from agentqd.sinks.registry import make_sink, schedule_for
@@ -290,7 +290,7 @@ class SinkRunner:
         deferred = [each for each in troubles if isinstance(each, Deferred)]
         if any(each.connection for each in deferred):
             self._breaker.failed(now, self._draw())
-        else:
+        elif not all(isinstance(each, Unfit) for each in outcomes):
             self._breaker.reached(now)
         if deferred:
             self._pace.failed()

@@ -70,6 +70,12 @@ def _ssh(context: Context, _: int) -> Sink:
     return SshSink(context)
 
 
+def _notify(context: Context, _: int) -> Sink:
+    from agentqd.sinks.notify import NotifySink
+
+    return NotifySink(context)
+
+
 def _email(context: Context, _: int) -> Sink:
     from agentqd.sinks.email import EmailSink
 
@@ -88,6 +94,7 @@ _PLUGS: Final[dict[str, Callable[[Context, int], Sink]]] = {
     "file": _file,
     "command": _command,
     "ssh": _ssh,
+    "notify": _notify,
     "email": _email,
     "webhook": _webhook,
 }

@@ -29,11 +29,11 @@ _DUE_KEYS: Final = (
     "SELECT entry_seq FROM outbox WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at <= ?"
     " ORDER BY due_at, entry_seq"
 )
-_DUE_ROW: Final = (
+_DUE_ROWS: Final = (  # json_each keeps its order, and the cross join the order of the tables
     "SELECT o.entry_seq, o.sink, o.state, o.attempts, o.created_at, e.delivery_id, e.type, e.kind, e.key, t.id,"
     " e.payload, e.blob, e.sha256, o.due_at, o.progress"
-    " FROM outbox o JOIN entries e ON e.seq = o.entry_seq LEFT JOIN tasks t ON t.seq = e.task_seq"
-    " WHERE o.entry_seq = ? AND o.sink = ?"
+    " FROM json_each(?) j CROSS JOIN outbox o ON o.entry_seq = j.value AND o.sink = ?"
+    " CROSS JOIN entries e ON e.seq = o.entry_seq LEFT JOIN tasks t ON t.seq = e.task_seq"
 )
 # By the primary key (the unary plus keeps other indexes out): the order of entries, a window at a time.
 _ORDERED_KEYS: Final = (
@@ -204,14 +204,16 @@ def next_in_order(
 def _load(
     source: sqlite3.Connection | Transaction, sink: str, seqs: Sequence[int], bytes_max: int
 ) -> list[DueRow]:
+    """In the order of `seqs`, which the index has given: each row is read once, at least one, and then at most `bytes_max` of payload."""
     rows: list[DueRow] = []
     size = 0
-    for seq in seqs:
-        r = source.execute(_DUE_ROW, (seq, sink)).fetchone()
+    cursor = source.execute(_DUE_ROWS, (str(list(seqs)), sink))
+    for r in cursor:  # a row at a time: what would be too much is never read
         size += len(r[10])
         if rows and size > bytes_max:
             break
         rows.append(DueRow(r[0], r[1], RowState(r[2]), *r[3:]))
+    cursor.close()
     return rows
 
 
