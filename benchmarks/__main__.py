@@ -13,7 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import intake, machine, remote, rest, spawn_latency, status, throughput, waiting
+from benchmarks import (
+    claims,
+    delivery,
+    intake,
+    isolation,
+    machine,
+    remote,
+    rest,
+    spawn_latency,
+    status,
+    throughput,
+    waiting,
+    webhook,
+)
 from benchmarks.measure import Row
 
 _OUTPUT = Path(__file__).with_name("last-run.json")
@@ -52,8 +65,20 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         ),
         "intake": lambda: intake.measure(folder, lines, 1 if quick else intake.ROUNDS),
         "waiting": lambda: waiting.measure(folder, lines, samples),
+        "claims": lambda: claims.measure(_sub(folder, "claims"), 10_000, samples),
         "rest": lambda: rest.measure(folder, 5 if quick else 30),
         "status": lambda: status.measure(folder, samples),
+        "webhook": lambda: webhook.measure(
+            folder, 2_000 if quick else 20_000, 1 if quick else webhook.ROUNDS
+        ),
+        "delivery": lambda: delivery.measure(
+            folder / "delivery",
+            lines,
+            20_000 if quick else 100_000,
+            50 if quick else 500,
+            1 if quick else delivery.ROUNDS,
+        ),
+        "isolation": lambda: isolation.measure(_sub(folder, "isolation"), min(samples, isolation.SAMPLES)),
         "remote": lambda: remote.measure(
             folder,
             submits=20 if quick else 50,
@@ -135,7 +160,20 @@ def _parse() -> argparse.Namespace:
         "--only",
         action="append",
         metavar="PART",
-        choices=["latency", "throughput", "intake", "waiting", "rest", "status", "remote", "large"],
+        choices=[
+            "latency",
+            "throughput",
+            "intake",
+            "waiting",
+            "claims",
+            "rest",
+            "status",
+            "webhook",
+            "delivery",
+            "isolation",
+            "remote",
+            "large",
+        ],
     )
     parser.add_argument(
         "--dir", metavar="DIR", help="a folder on a real disk (default: the temporary one, /var/tmp, here)"

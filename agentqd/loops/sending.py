@@ -6,19 +6,55 @@ import asyncio
 import hashlib
 import traceback
 from collections.abc import Sequence
+from typing import Final
 
 import msgspec
 
 from agentqd.core.limits import PROGRESS_BYTES_MAX, SINK_ERROR_CHARS_MAX
 from agentqd.loops.box import Log
 from agentqd.sinks.base import Deferred, Delivery, Outcome, Rejected, Sink
+from agentqd.sinks.content import ContentLost, check_aside
+from agentqd.sinks.reason import bounded
 from agentqd.storage.outbox import DueRow
+
+DAMAGED: Final = "the stored payload does not match its sha256: it was damaged on disk and is not sent"
+TURN_ROWS: Final = 200
+
+
+class Unfit(Rejected, frozen=True):
+    """Rejected by us: the receiver was not asked, and nothing is known of it."""
 
 
 async def send(plug: Sink, name: str, batch: Sequence[DueRow], log: Log) -> Sequence[Outcome]:
-    """The plug's answer; a time-out, an exception or nonsense is `Deferred`. A damaged payload is never sent."""
-    if any(_damaged(row) for row in batch):
-        return [_without_damage(row) for row in batch]
+    """One outcome for each. What is damaged is never sent and stops none of the others."""
+    looks = not getattr(plug, "checks_content", False)
+    unfit: dict[int, Outcome] = {}  # by place in the batch: why it cannot be sent (now)
+    for place, row in enumerate(batch):
+        if place and place % TURN_ROWS == 0:
+            await asyncio.sleep(0)  # a thousand sums are milliseconds, and other sinks wait for this thread
+        if hashlib.sha256(row.payload).digest() != row.sha256:
+            unfit[place] = Unfit(DAMAGED)
+        elif row.blob is not None and looks and (verdict := await _content_problem(row.blob)) is not None:
+            unfit[place] = verdict
+    if not unfit:
+        return await _ask(plug, name, batch, log)
+    sound = [row for place, row in enumerate(batch) if place not in unfit]
+    answers = iter(await _ask(plug, name, sound, log) if sound else ())
+    return [unfit[place] if place in unfit else next(answers) for place in range(len(batch))]
+
+
+async def _content_problem(path: str) -> Outcome | None:
+    try:
+        await check_aside(path)
+    except ContentLost as lost:
+        return Unfit(str(lost))
+    except OSError as problem:
+        return Deferred(bounded(f"{path}: the stored content cannot be read: {problem.strerror}"))
+    return None
+
+
+async def _ask(plug: Sink, name: str, batch: Sequence[DueRow], log: Log) -> Sequence[Outcome]:
+    """The plug's answer; a time-out, an exception or nonsense is `Deferred`."""
     deliveries = [
         Delivery(
             row.delivery_id, row.entry_seq, row.type, row.kind, row.key, row.task_id, row.payload, row.created_at, row.attempts, row.blob,
@@ -49,15 +85,3 @@ def _within_bounds(outcome: Outcome, name: str, log: Log) -> Outcome:
         return outcome
     log.error("sink_progress_too_large", sink=name, bytes=len(progress))
     return msgspec.structs.replace(outcome, progress=None)
-
-
-def _damaged(row: DueRow) -> bool:
-    return hashlib.sha256(row.payload).digest() != row.sha256
-
-
-def _without_damage(row: DueRow) -> Outcome:
-    if _damaged(row):
-        return Rejected(
-            "the stored payload does not match its sha256: it was damaged on disk and is not sent"
-        )
-    return Deferred("waits for a batch without a damaged payload", retry_after_s=0.1)

@@ -18,7 +18,6 @@ from typing import Any, Final
 import msgspec
 
 from agentqd.core.breaker import BreakerState
-from agentqd.core.errors import JournalError
 from agentqd.core.limits import CONTACT_EVERY_S, ROWS_A_COMMIT
 from agentqd.core.outbox import RowEvent
 from agentqd.core.retry import Schedule
@@ -30,9 +29,10 @@ from agentqd.loops.alerts import alert
 from agentqd.loops.backlog import Backlog, OrderedBacklog
 from agentqd.loops.box import Box, Signal
 from agentqd.loops.gate import Gate
-from agentqd.loops.marking import mark_for, mark_found, record
+from agentqd.loops.marking import mark_for, mark_found
 from agentqd.loops.notices import tell_notices
-from agentqd.loops.sending import send
+from agentqd.loops.recording import Answered, Recorder
+from agentqd.loops.sending import Unfit, send
 from agentqd.loops.sinkmemory import Kept, SinkMemory, Word
 from agentqd.sinks.base import Context, Deferred, Delivered, Disabled, Exec, Outcome, Sink
 from agentqd.sinks.registry import make_sink, schedule_for
@@ -80,6 +80,7 @@ class SinkRunner:
         self._kept = SinkMemory()  # as the journal has it
         self._under_way = 0
         self._waits_for_send = False  # the end of a send may let another begin
+        self._recorder = Recorder(box, name, self._keep, self._marked)
         self._chores: dict[
             str, Callable[[Transaction], int]
         ] = {}  # moves of many rows, some hundred a commit
@@ -104,10 +105,11 @@ class SinkRunner:
                         self.gate.begin(len(batch), self.box.clock.monotonic_s())
                         self._under_way += 1
                         self.in_flight.update([row.entry_seq for row in batch])
-                        sends.create_task(self._send(batch))
+                        sends.create_task(self._send_on(batch))
                         continue
                     await self.kick.wait(self._idle_s())
         finally:
+            self._recorder.flush()
             await self.plug.close()
 
     # From outside.
@@ -182,9 +184,12 @@ class SinkRunner:
     # What may be sent, and when to look again.
 
     def _may_send(self) -> bool:
-        may = self.gate.allows(self.box.clock.monotonic_s(), self._under_way)
+        may = self._has_room()
         self._waits_for_send = not may
         return may
+
+    def _has_room(self) -> bool:
+        return self.gate.allows(self.box.clock.monotonic_s(), self._under_way)
 
     async def _next_batch(self) -> list[DueRow]:
         await self.backlog.refill()
@@ -277,14 +282,29 @@ class SinkRunner:
 
     # Send and record.
 
+    async def _send_on(self, batch: list[DueRow]) -> None:
+        """One batch, and then what is in memory and may be sent in its place: the loop need not turn for each."""
+        while batch:
+            await self._send(batch)
+            batch = []
+            if self.plug.batch_max == 1 and not self._chores and self._has_room():
+                now = self.box.clock.monotonic_s()
+                batch = self.backlog.take(self.gate.most(1, now))
+                self.gate.begin(len(batch), now)
+                self._under_way += len(batch)
+                self.in_flight.update([row.entry_seq for row in batch])
+            if self._waits_for_send and (not batch or self._under_way < self.gate.pace.limit):
+                self.kick.set()
+
     async def _send(self, batch: list[DueRow]) -> None:
         failpoint("send_begun")
         try:
             outcomes = await send(self.plug, self.name, batch, self.box.log)
+        except BaseException:
+            self.kick.set()
+            raise
         finally:
             self._under_way -= 1
-            if self._waits_for_send:
-                self.kick.set()
         tell_notices(self.box, self.name, self.plug)
         now = self.box.clock.now_us()
         marks = [
@@ -296,35 +316,29 @@ class SinkRunner:
         bucket = self.gate.bucket
         tokens = None if bucket is None else bucket.memory(self.box.clock.monotonic_s(), now)
         failpoint("receiver_answered")
-
-        def unit(tx: Transaction) -> None:
-            record(tx, self.box, batch, outcomes, marks)
-            if changed is not None:
-                self._keep(tx, changed)
-            if tokens is not None:
-                sinkmemory.save_bucket(tx, self.name, tokens)
-
-        future = self.box.journal.submit_lazily(unit)
-        future.add_done_callback(lambda done: self._marked(done, batch, marks))
+        self._recorder.take(Answered(batch, outcomes, marks, changed, tokens))
 
     def _learn(self, outcomes: Sequence[Outcome], marks: Sequence[Mark]) -> SinkMemory | None:
         """What the outcomes say about the receiver; what is to be kept of it, if that has changed."""
         now = self.box.clock.monotonic_s()
         gate = self.gate
         was = gate.breaker.state
-        delivered = sum(isinstance(each, Delivered) for each in outcomes)
-        self.delivered.add(now, delivered)
-        self.failed.add(now, len(outcomes) - delivered)
-        if any(isinstance(each, Deferred) and each.connection for each in outcomes):
+        troubles = [each for each in outcomes if type(each) is not Delivered]
+        self.delivered.add(now, len(outcomes) - len(troubles))
+        self.failed.add(now, len(troubles))
+        deferred = [each for each in troubles if isinstance(each, Deferred)]
+        if any(each.connection for each in deferred):
             gate.breaker.failed(now, self._draw())
-        else:
+        elif not all(isinstance(each, Unfit) for each in outcomes):
             gate.breaker.reached(now)
-        if any(isinstance(each, Deferred) for each in outcomes):
+        if deferred:
             gate.pace.failed()
         else:
             gate.pace.succeeded()
-        self.last_error = next((mark.error for mark in reversed(marks) if mark.error is not None), None)
-        disabled = next((each.reason for each in outcomes if isinstance(each, Disabled)), None)
+        self.last_error = (
+            next((m.error for m in reversed(marks) if m.error is not None), None) if troubles else None
+        )
+        disabled = next((each.reason for each in troubles if isinstance(each, Disabled)), None)
         if disabled is None and gate.breaker.state is was:
             return None
         if disabled is not None:
@@ -358,15 +372,13 @@ class SinkRunner:
             )
             alert(tx, self.box, "sink_disabled", message, key=f"{self.name}:{memory.at_us}", not_to=self.name, sink=self.name)  # fmt: skip
 
-    def _marked(self, done: asyncio.Future[None], batch: list[DueRow], marks: list[Mark]) -> None:
-        self.in_flight.difference_update([row.entry_seq for row in batch])
-        self.backlog.marked(marks)
-        error = None if done.cancelled() else done.exception()
-        if error is not None and not isinstance(error, JournalError):
-            self.box.log.error("unit_failed", sink=self.name, error=repr(error))
+    def _marked(self, answered: Answered, *, failed: bool) -> None:
+        self.in_flight.difference_update([row.entry_seq for row in answered.batch])
+        self.backlog.marked(answered.marks)
+        if failed:
             self.backlog.look()
         if self.gate.why_disabled is not None:  # it was under way when the sink was disabled
             self._hold_all()
             self.kick.set()
-        elif self._ordered or error is not None or any(m.event is RowEvent.DEFERRED for m in marks):
+        elif self._ordered or failed or any(m.event is RowEvent.DEFERRED for m in answered.marks):
             self.kick.set()

@@ -31,7 +31,9 @@ class Delivery(msgspec.Struct, frozen=True):
     payload: bytes  # the sealed envelope; core.envelope.data_of gives the data object's bytes
     created_at: int  # microseconds
     attempts: int  # how many tries came before this one
-    blob_path: str | None = None  # file with a large entry's content (the payload then names it)
+    blob_path: str | None = (
+        None  # file with a large entry's content (the payload then names it); its name is its sha256
+    )
     progress: bytes | None = None  # what this plug said at the last try
 
 
@@ -114,7 +116,7 @@ class Found(msgspec.Struct, frozen=True):
 
 class Sink(Protocol):
     """A plug that has `notices: list[str]` is asked for them after each batch: each becomes an alert of the kind
-    `notice_kind` (without one: sink_file)."""
+    `notice_kind` (without one: sink_file). One with `checks_content = True` looks at a large entry's file itself."""
 
     batch_max: int  # how many deliveries it takes at once (1 for most)
     timeout_s: float  # of one `deliver`

@@ -36,6 +36,8 @@ class CompletionLines:
 
 
 class Completions(AppendSink):
+    checks_content = True  # it sends none: the line says the sum, and who pulls the file checks it
+
     def __init__(self, context: Context, bytes_max: int) -> None:
         path = Folders(context.state_dir, "").completions
         super().__init__(context, path, CompletionLines(), rotate_bytes=bytes_max)

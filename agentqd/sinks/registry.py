@@ -70,10 +70,22 @@ def _ssh(context: Context, _: int) -> Sink:
     return SshSink(context)
 
 
+def _notify(context: Context, _: int) -> Sink:
+    from agentqd.sinks.notify import NotifySink
+
+    return NotifySink(context)
+
+
 def _email(context: Context, _: int) -> Sink:
     from agentqd.sinks.email import EmailSink
 
     return EmailSink(context)
+
+
+def _webhook(context: Context, _: int) -> Sink:
+    from agentqd.sinks.webhook import WebhookSink
+
+    return WebhookSink(context)
 
 
 _PLUGS: Final[dict[str, Callable[[Context, int], Sink]]] = {
@@ -82,7 +94,9 @@ _PLUGS: Final[dict[str, Callable[[Context, int], Sink]]] = {
     "file": _file,
     "command": _command,
     "ssh": _ssh,
+    "notify": _notify,
     "email": _email,
+    "webhook": _webhook,
 }
 
 

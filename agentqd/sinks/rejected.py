@@ -26,5 +26,7 @@ class RejectionLines:
 
 
 class RejectedFile(AppendSink):
+    checks_content = True  # it sends none
+
     def __init__(self, context: Context) -> None:
         super().__init__(context, Folders(context.state_dir, "").rejected, RejectionLines())

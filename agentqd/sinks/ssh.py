@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import posixpath
 import re
@@ -34,6 +35,7 @@ import msgspec
 from agentqd.core.errors import ConfigError
 from agentqd.core.limits import KIB
 from agentqd.sinks.base import Context, Deferred, Delivered, Delivery, Found, Outcome, Rejected
+from agentqd.sinks.content import DAMAGED, ContentLost, is_whole, open_content
 from agentqd.sinks.reason import bounded
 from agentqd.sinks.sshlink import SshLink, Unreachable
 from agentqd.system.failpoints import failpoint
@@ -58,6 +60,7 @@ class SshSink:
     concurrency = 1
     timeout_s = WHOLE_S
     notice_kind = "host_key"
+    checks_content = True
 
     def __init__(self, context: Context) -> None:
         settings = context.settings
@@ -130,12 +133,13 @@ class SshSink:
         except (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection) as problem:
             return Deferred(bounded(f"{self._link.where}: cut: {problem.reason}"), connection=True)
         except asyncssh.SFTPError as problem:
-            with contextlib.suppress(asyncssh.Error, OSError, TimeoutError):
-                async with asyncio.timeout(_CLEAR_S):  # a half file must not keep a full disk full
-                    await self._clear_away(sftp)
+            await self._clear_quietly(sftp)
             return Deferred(bounded(f"{self._link.where}: {self._path}: {_explained(problem)}"))
         except (asyncssh.Error, ConnectionError) as problem:
             return Deferred(bounded(f"{self._link.where}: cut: {problem}"), connection=True)
+        except ContentLost as lost:
+            await self._clear_quietly(sftp)
+            return Rejected(str(lost))
         except OSError as problem:  # our own copy of the content
             return Deferred(bounded(f"{delivery.blob_path}: {problem.strerror}"))
         failpoint("ssh_delivered")
@@ -159,15 +163,20 @@ class SshSink:
         await self._place_by(sftp, name, write, patience)
 
     async def _place_content(self, sftp: SFTPClient, delivery: Delivery, patience: asyncio.Timeout) -> None:
-        assert delivery.blob_path is not None
-        fd = os.open(delivery.blob_path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        """Hashed while it is sent; what is not as it was handed over gets no name there."""
+        path = delivery.blob_path
+        assert path is not None
+        fd = open_content(path)
 
         async def write(file: SFTPClientFile) -> None:
-            offset = 0
+            offset, digest = 0, hashlib.sha256()
             while block := await asyncio.to_thread(os.pread, fd, _CHUNK_BYTES, offset):
+                digest.update(block)
                 await file.write(block, offset)
                 offset += len(block)
                 self._progress(patience)
+            if not is_whole(path, digest.hexdigest()):
+                raise ContentLost(DAMAGED)
 
         try:
             await self._place_by(sftp, f"{delivery.delivery_id}.content", write, patience)
@@ -200,6 +209,14 @@ class SshSink:
             return
         await handle.fsync()
         await handle.close()
+
+    async def _clear_quietly(self, sftp: SFTPClient) -> None:
+        """After a no: a half file must not keep a full disk full."""
+        import asyncssh
+
+        with contextlib.suppress(asyncssh.Error, OSError, TimeoutError):
+            async with asyncio.timeout(_CLEAR_S):
+                await self._clear_away(sftp)
 
     async def _clear_away(self, sftp: SFTPClient) -> None:
         """Temporary files of tries that failed."""

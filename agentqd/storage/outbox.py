@@ -29,11 +29,11 @@ _DUE_KEYS: Final = (
     "SELECT entry_seq FROM outbox WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at <= ?"
     " ORDER BY due_at, entry_seq"
 )
-_DUE_ROW: Final = (
+_DUE_ROWS: Final = (  # json_each keeps its order, and the cross join the order of the tables
     "SELECT o.entry_seq, o.sink, o.state, o.attempts, o.created_at, e.delivery_id, e.type, e.kind, e.key, t.id,"
     " e.payload, e.blob, e.sha256, o.due_at, o.progress"
-    " FROM outbox o JOIN entries e ON e.seq = o.entry_seq LEFT JOIN tasks t ON t.seq = e.task_seq"
-    " WHERE o.entry_seq = ? AND o.sink = ?"
+    " FROM json_each(?) j CROSS JOIN outbox o ON o.entry_seq = j.value AND o.sink = ?"
+    " CROSS JOIN entries e ON e.seq = o.entry_seq LEFT JOIN tasks t ON t.seq = e.task_seq"
 )
 # By the primary key (the unary plus keeps other indexes out): the order of entries, a window at a time.
 _ORDERED_KEYS: Final = (
@@ -45,11 +45,18 @@ _FIRST_OPEN: Final = (
 )
 _NEXT_DUE: Final = "SELECT min(due_at) FROM outbox WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at > ?"
 _OPEN_SINKS: Final = "SELECT DISTINCT sink FROM outbox WHERE state IN ('pending','delivering','retryable')"
+# All marks of a commit in one statement: a statement for each would hand the interpreter's lock to and fro for each.
+_MARK_COLUMNS: Final = ("seq", "sink", "was", "state", "attempts", "due", "delivered", "position", "error")
 _MARK: Final = (
-    "UPDATE outbox SET state = ?, attempts = ?, due_at = ?, delivered_at = ?, position = ?, last_error = ?,"
-    " progress = CASE WHEN ? THEN NULL ELSE coalesce(?, progress) END"
-    " WHERE entry_seq = ? AND sink = ? AND state = ?"
+    "WITH marks AS MATERIALIZED (SELECT "  # noqa: S608 - fixed names
+    + ", ".join(f"json_extract(value, '$[{n}]') AS {name}" for n, name in enumerate(_MARK_COLUMNS))
+    + " FROM json_each(?))"
+    " UPDATE outbox SET state = m.state, attempts = m.attempts, due_at = m.due, delivered_at = m.delivered,"
+    " position = m.position, last_error = m.error,"
+    " progress = CASE WHEN m.state = 'delivered' THEN NULL ELSE progress END FROM marks m"
+    " WHERE outbox.entry_seq = m.seq AND outbox.sink = m.sink AND outbox.state = m.was RETURNING entry_seq, sink"
 )
+_KEEP_PROGRESS: Final = "UPDATE outbox SET progress = ? WHERE entry_seq = ? AND sink = ?"
 _INSERT_TRY: Final = (
     "INSERT INTO tries (entry_seq, sink, n, at, outcome, reason)"
     " SELECT ?1, ?2, coalesce(max(n), 0) + 1, ?3, ?4, ?5 FROM tries WHERE entry_seq = ?1 AND sink = ?2"
@@ -199,14 +206,16 @@ def next_in_order(
 def _load(
     source: sqlite3.Connection | Transaction, sink: str, seqs: Sequence[int], bytes_max: int
 ) -> list[DueRow]:
+    """In the order of `seqs`, which the index has given: each row is read once, at least one, and then at most `bytes_max` of payload."""
     rows: list[DueRow] = []
     size = 0
-    for seq in seqs:
-        r = source.execute(_DUE_ROW, (seq, sink)).fetchone()
+    cursor = source.execute(_DUE_ROWS, (str(list(seqs)), sink))
+    for r in cursor:  # a row at a time: what would be too much is never read
         size += len(r[10])
         if rows and size > bytes_max:
             break
         rows.append(DueRow(r[0], r[1], RowState(r[2]), *r[3:]))
+    cursor.close()
     return rows
 
 
@@ -221,20 +230,22 @@ def open_sinks(source: sqlite3.Connection | Transaction) -> set[str]:
 
 def mark(tx: Transaction, marks: Iterable[Mark]) -> list[Mark]:
     """Record outcomes. A row that has moved meanwhile (a person dropped it) is left as it is and not returned."""
-    done = []
-    for item in marks:
+    items = list(marks)
+    rows = []
+    for item in items:
         state = next_row_state(RowState.DELIVERING, item.event)
         delivered_at = tx.now_us if state is RowState.DELIVERED else None
-        cursor = tx.execute(
-            _MARK,
-            (state.value, item.attempts, item.due_at, delivered_at, item.position, item.error,
-             state is RowState.DELIVERED, item.progress, item.entry_seq, item.sink, item.was.value),
-        )  # fmt: skip
-        if cursor.rowcount != 1:
-            continue
-        tx.count_outbox(item.sink, item.was.value, -1)
-        tx.count_outbox(item.sink, state.value, 1)
-        done.append(item)
+        rows.append((item.entry_seq, item.sink, item.was.value, state.value, item.attempts, item.due_at, delivered_at,
+                     item.position, item.error))  # fmt: skip
+    moved = {(seq, sink) for seq, sink in tx.execute(_MARK, (msgspec.json.encode(rows).decode(),))}
+    done = []
+    for item, row in zip(items, rows, strict=True):
+        if (item.entry_seq, item.sink) in moved:
+            tx.count_outbox(item.sink, row[2], -1)
+            tx.count_outbox(item.sink, row[3], 1)
+            done.append(item)
+            if item.progress is not None and row[3] != RowState.DELIVERED.value:
+                tx.execute(_KEEP_PROGRESS, (item.progress, item.entry_seq, item.sink))
     return done
 
 

@@ -20,6 +20,7 @@ from agentqd.sinks.appendsink import AppendSink
 from agentqd.sinks.base import Delivered, Delivery, Exec, ExecResult
 
 from .conformance import Adapter, Condition, with_payload
+from .notifyadapter import NotifyAdapter
 from .smtpadapter import EmailAdapter
 
 
@@ -240,6 +241,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     RejectedAdapter,
     FileAdapter,
     CommandAdapter,
+    NotifyAdapter,
     EmailAdapter,
 )
 APPENDING: tuple[type[AppendAdapter], ...] = (CompletionsAdapter, RejectedAdapter, FileAdapter)

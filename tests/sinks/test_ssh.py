@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import hashlib
 import json
 import os
 import shutil
@@ -166,8 +167,9 @@ def dropped(port: int) -> Iterator[None]:
 async def test_dropped_packets_in_mid_transfer_and_at_login_hold_nobody_for_long(peer: SshAdapter, between: RealSshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     peer.step_s = 1.0
     sink = sink_of(peer)
-    blob = tmp_path / "blob"
-    blob.write_bytes(os.urandom(30_000_000))
+    content = os.urandom(30_000_000)
+    blob = tmp_path / hashlib.sha256(content).hexdigest()
+    blob.write_bytes(content)
     plain = delivery(1)
     item = Delivery(**{**{f: getattr(plain, f) for f in Delivery.__struct_fields__}, "blob_path": str(blob)})
     sending = asyncio.ensure_future(one(sink, item))
@@ -360,20 +362,28 @@ async def test_three_boxes_that_append_at_once_damage_no_line(peer: SshAdapter) 
 
 
 async def test_large_content_comes_as_a_file_before_its_envelope(peer: SshAdapter, tmp_path: Path) -> None:
-    blob = tmp_path / "blob"
-    blob.write_bytes(os.urandom(3_000_000))
+    content = os.urandom(3_000_000)
+    blob = tmp_path / hashlib.sha256(content).hexdigest()
+    blob.write_bytes(content)
     plain = delivery(1)
     item = Delivery(**{**{f: getattr(plain, f) for f in Delivery.__struct_fields__}, "blob_path": str(blob)})
     sink = sink_of(peer)
     assert isinstance(await one(sink, item), Delivered)
-    (content,) = [path for path in peer.inbox.iterdir() if path.name.endswith(".content")]
-    assert item.delivery_id in content.name
-    assert content.read_bytes() == blob.read_bytes()
+    (there,) = [path for path in peer.inbox.iterdir() if path.name.endswith(".content")]
+    assert item.delivery_id in there.name
+    assert there.read_bytes() == content
     assert peer.received() == ids([item])
+    blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    outcome = await one(sink, item)
+    assert isinstance(outcome, Rejected)
+    assert "sha256" in outcome.reason
+    assert there.read_bytes() == content, "what is damaged never gets a name"
+    assert not peer.parts()
     blob.unlink()
     outcome = await one(sink, item)
-    assert isinstance(outcome, Deferred)
-    assert not outcome.connection
+    assert isinstance(outcome, Rejected)
+    assert "is gone" in outcome.reason
+    assert peer.received() == ids([item])
     await sink.close()
 
 

@@ -62,6 +62,10 @@ def delivered(box: RealBox, task_id: str) -> bool:
     return box.show(task_id).get("state") == "finished" and row_of(box, task_id)["state"] == "delivered"
 
 
+def tries(box: RealBox, tasks: int) -> int:
+    return sum(row_of(box, f"t{n}")["attempts"] for n in range(tasks))
+
+
 def contact(box: RealBox, who: str) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(box.runtime / "agentqd.sock"))
@@ -103,7 +107,7 @@ def test_a_peer_that_was_asleep_is_tried_at_once_when_it_contacts_the_box(
     shown = laptop(box)
     assert shown["next_probe_at"] is not None
     assert "cannot be reached" in shown["last_error"]
-    assert sum(row_of(box, f"t{n}")["attempts"] for n in range(8)) == 5
+    wait_for("their marks", lambda: tries(box, 8) == 5)  # they ride on the next commit
     peer.sshd.start()
     contact(box, "another-laptop elsewhere")
     time.sleep(0.3)
@@ -121,13 +125,12 @@ def test_a_breaker_that_is_open_outlives_the_daemon(make_box: MakeBox, peer: Pee
     box = make_box(peer.config(", backoff: 100ms"))
     box.append(*({"task": "work", "id": f"t{n}", "prompt": "echo x"} for n in range(4)))
     wait_for("the breaker", lambda: laptop(box)["breaker"] == "open")
-    tried = sum(row_of(box, f"t{n}")["attempts"] for n in range(4))
-    time.sleep(0.1)  # its memory rides on the next commit, 4 ms away
+    tried = wait_for("their marks, and its memory with them", lambda: tries(box, 4) == 5 and 5)
     box.kill()
     box.start()
     assert wait_for("the sink", lambda: laptop(box)["breaker"]) == "open"
     time.sleep(0.5)
-    assert sum(row_of(box, f"t{n}")["attempts"] for n in range(4)) == tried
+    assert tries(box, 4) == tried
     assert row_of(box, "t0")["state"] in {"pending", "retryable"}
 
 
