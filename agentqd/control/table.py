@@ -21,6 +21,7 @@ from agentqd.control import (
     tasklist,
     tasks,
     waiting,
+    writes,
 )
 from agentqd.control.route import Route
 
@@ -35,6 +36,7 @@ ROUTES: Final[tuple[Route, ...]] = (
     *outbox.ROUTES,
     *completions.ROUTES,
     *queues.ROUTES,
+    *writes.ROUTES,
     *audit.ROUTES,
     *config.ROUTES,
     *doctor.ROUTES,

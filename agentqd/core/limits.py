@@ -79,3 +79,16 @@ BREAKER_OPEN_MAX_S = 900.0
 # The laptop's spool, for each box.
 SPOOL_ENTRIES_MAX = 10_000
 SPOOL_BYTES_MAX = 1024 * MIB
+
+# Write claims.
+CLAIM_PATH_BYTES_MAX = 4096
+OUTSIDE_CLAIMS_MAX = 1000
+OUTSIDE_CLAIMS_PER_USER_MAX = 200
+CONFLICTS_TOLD_MAX = 100  # of one newcomer: in the answer, the alert and the record
+CONFLICTS_KEPT_MAX = 100_000
+WAITERS_NAMED_MAX = 20
+
+# What a task wrote outside of its declaration.
+UNDECLARED_FILES_MAX = 100_000  # looked at
+UNDECLARED_LOOK_S = 10.0
+UNDECLARED_NAMED_MAX = 100

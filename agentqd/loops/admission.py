@@ -14,12 +14,13 @@ import msgspec
 
 from agentqd.core.errors import IdConflict, InvalidTask, WriteConflict
 from agentqd.core.lifecycle import Event, Result, State
-from agentqd.core.limits import TASK_ID_CHARS_MAX
+from agentqd.core.limits import CONFLICTS_TOLD_MAX, TASK_ID_CHARS_MAX
 from agentqd.core.outbox import OPEN_STATES
 from agentqd.core.resolve import resolve
 from agentqd.core.task import content_digest, read_task
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
+from agentqd.loops.claimorder import all_conflicts, named
 from agentqd.loops.finishing import AttemptEnd, add_result, result_data, settle
 from agentqd.loops.preparing import Candidate
 from agentqd.loops.unblocking import DEPENDENCY, WRITE_CONFLICT
@@ -118,9 +119,9 @@ def admit_entangled(tx: Transaction, box: Box, item: Candidate, refused: TaskRow
             code="unknown_dependency",
             field="after",
         )
-    conflicts = intents.conflicts_of(tx, [path for path, _ in item.writes], set(request.after_list()))
+    conflicts = all_conflicts(tx, [path for path, _ in item.writes], set(request.after_list()))
     if conflicts:
-        intents.record_conflicts(tx, new.id, new.name, conflicts, item.on_conflict)
+        intents.record_conflicts(tx, new.id, new.name, conflicts[:CONFLICTS_TOLD_MAX], item.on_conflict)
         tx.event(
             new.id,
             "write_conflict",
@@ -141,7 +142,7 @@ def admit_entangled(tx: Transaction, box: Box, item: Candidate, refused: TaskRow
     task = store.get(tx, seq)
     if conflicts and item.on_conflict == "warn":
         alert(tx, box, "write_conflict", _conflict_text(new.name, conflicts), task=task, policy="warn",
-              conflicts=[each.as_json() for each in conflicts])  # fmt: skip
+              conflicts=[each.as_json() for each in conflicts[:CONFLICTS_TOLD_MAX]])  # fmt: skip
     if waits and task.reason in {DEPENDENCY, WRITE_CONFLICT}:
         task = settle(tx, box, task)
     return Accepted(new.id, seq, task.state)
@@ -150,10 +151,7 @@ def admit_entangled(tx: Transaction, box: Box, item: Candidate, refused: TaskRow
 def _conflict_text(name: str, conflicts: list[intents.Conflict]) -> str:
     first = conflicts[0]
     more = f" (and {len(conflicts) - 1} more)" if len(conflicts) > 1 else ""
-    return (
-        f"{name} wants to write {first.path}, which task {first.task_id} ({first.task}) has claimed as"
-        f" {first.other_path}{more}"
-    )
+    return f"{name} wants to write {first.path}, which {named(first)} has claimed as {first.other_path}{more}"
 
 
 def _refuse_conflict(
@@ -165,7 +163,7 @@ def _refuse_conflict(
 ) -> Outcome:
     """By socket: an error and no task. By file: a task that has finished, refused; its result tells of it."""
     text = _conflict_text(item.new.name, conflicts)
-    told = [each.as_json() for each in conflicts]
+    told = [each.as_json() for each in conflicts[:CONFLICTS_TOLD_MAX]]
     if msgspec.json.decode(item.new.source)["kind"] == "socket":
         return WriteConflict(
             f"write conflict: {text}; try again later, or use on_conflict: queue", conflicts=told

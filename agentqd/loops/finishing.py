@@ -20,9 +20,16 @@ from agentqd.core.verdict import CANCELLED, Ended, Evidence, Verdict, judge
 from agentqd.core.waking import total_deadline_us
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
+from agentqd.loops.claimorder import grant_waiting
 from agentqd.loops.dropfolder import Handed, record
 from agentqd.loops.evidence import Seen, as_json
-from agentqd.loops.unblocking import candidates_after, request_of, unblock, what_blocks
+from agentqd.loops.unblocking import (
+    candidates_after,
+    request_of,
+    unblock,
+    waiting_for_a_place,
+    what_blocks,
+)
 from agentqd.storage import outbox
 from agentqd.storage import tasks as store
 from agentqd.storage.tasks import AttemptRow, TaskRow
@@ -257,6 +264,21 @@ def _settle_others(tx: Transaction, box: Box, ended: TaskRow) -> None:
             moved = _settle(tx, box, waiting)
             if moved.state is State.FINISHED:
                 ends.append(moved)
+    grant_waiting(tx, box)
+
+
+def release_claim(tx: Transaction, box: Box, task: TaskRow) -> None:
+    """A task lets go of what it has claimed before its end; those that waited for it are unblocked with it."""
+    _settle_others(tx, box, task)
+
+
+def settle_waiting(tx: Transaction, box: Box) -> None:
+    """Something outside of any task was released: whoever waits for a place to write is looked at again."""
+    for seq in waiting_for_a_place(tx):
+        waiting = store.get(tx, seq)
+        if waiting.state is State.BLOCKED:  # not ended meanwhile by what the one before it has brought about
+            settle(tx, box, waiting)
+    grant_waiting(tx, box)
 
 
 def withdraw_claim(tx: Transaction, box: Box, was: TaskRow) -> None:

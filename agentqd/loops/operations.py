@@ -6,12 +6,15 @@ from typing import Any
 
 from agentqd.core.errors import IllegalTransition, NoSuchTask, WriteConflict
 from agentqd.core.lifecycle import ACTIVE_STATES, Event, Result, State
+from agentqd.core.limits import CONFLICTS_TOLD_MAX
 from agentqd.core.outbox import TABLE, RowEvent, RowState
 from agentqd.core.resolve import resolve
 from agentqd.core.verdict import CANCELLED
 from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.box import Box
+from agentqd.loops.claimorder import all_conflicts, named
 from agentqd.loops.finishing import finish_waiting, settle
+from agentqd.loops.reclaiming import claim_again
 from agentqd.loops.supervision import Supervision
 from agentqd.loops.unblocking import request_of, what_blocks
 from agentqd.storage import intents, outbox
@@ -58,6 +61,9 @@ def release(tx: Transaction, box: Box, task_id: str) -> TaskRow:
     moved = store.move_task(tx, task, event, reason=None, wake_at=next_wake_us(times, tx.now_us))
     if request.prompt_ref is not None and store.spec_of(tx, task.seq)[1] is None:
         return store.move_task(tx, moved, Event.BLOCKED, reason="prompt_missing", wake_at=tx.now_us)
+    moved = claim_again(tx, box, moved)
+    if moved.state not in {State.QUEUED, State.SCHEDULED}:
+        return moved
     reason, detail = what_blocks(tx, moved, request)
     if reason is None:
         return moved
@@ -89,12 +95,12 @@ def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
     if not request.writes_to:
         return moved
     paths = resolve_intents(request.writes_to, resolved.workdir)
-    conflicts = intents.conflicts_of(tx, [path for path, _ in paths], set(request.after_list()))
+    conflicts = all_conflicts(tx, [path for path, _ in paths], set(request.after_list()))
     if conflicts and resolved.on_conflict != "warn":
         first = conflicts[0]
         raise WriteConflict(
-            f"task {first.task_id} ({first.task}) has claimed {first.other_path} meanwhile; nothing was changed",
-            conflicts=[each.as_json() for each in conflicts],
+            f"{named(first)} has claimed {first.other_path} meanwhile; nothing was changed",
+            conflicts=[each.as_json() for each in conflicts[:CONFLICTS_TOLD_MAX]],
         )
     intents.claim(tx, task.seq, paths, resolved.on_conflict)
     return moved

@@ -11,6 +11,7 @@ from agentqd.core.resolve import resolve
 from agentqd.core.task import TaskRequest, read_task
 from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.box import Box
+from agentqd.loops.claimorder import in_the_way
 from agentqd.storage import intents
 from agentqd.storage import tasks as store
 from agentqd.storage.tasks import TaskRow
@@ -47,7 +48,7 @@ def what_blocks(tx: Transaction, task: TaskRow, request: TaskRequest) -> tuple[s
         return "dependency_failed", "every task that it comes after ended with success"
     paths = intents.paths_of(tx, task.seq)
     if paths and _queues(tx, task):
-        older = intents.conflicts_of(tx, paths, set(request.after_list()), before_seq=task.seq)
+        older = in_the_way(tx, task, request, paths)
         if older:
             return (
                 WRITE_CONFLICT,
@@ -57,7 +58,8 @@ def what_blocks(tx: Transaction, task: TaskRow, request: TaskRequest) -> tuple[s
 
 
 def _queues(tx: Transaction, task: TaskRow) -> bool:
-    row = tx.one("SELECT 1 FROM intents WHERE task_seq = ? AND policy = 'queue' LIMIT 1", (task.seq,))
+    """`refuse` too: nothing older stood in its way when it was accepted, but a lapsed claim may have been made again since."""
+    row = tx.one("SELECT 1 FROM intents WHERE task_seq = ? AND policy != 'warn' LIMIT 1", (task.seq,))
     return row is not None
 
 
@@ -75,6 +77,12 @@ def candidates_after(tx: Transaction, ended: TaskRow) -> list[TaskRow]:
         }
     rows = [store.get(tx, seq) for seq in sorted(seqs)]
     return [row for row in rows if row.state is State.BLOCKED and row.reason in {DEPENDENCY, WRITE_CONFLICT}]
+
+
+def waiting_for_a_place(tx: Transaction) -> list[int]:
+    """The seqs of tasks that are blocked by somebody's claim, oldest first."""
+    sql = "SELECT seq FROM tasks WHERE state = 'blocked' AND reason = 'write_conflict' ORDER BY seq"
+    return [row[0] for row in tx.execute(sql).fetchall()]
 
 
 def request_of(tx: Transaction, task: TaskRow) -> TaskRequest:

@@ -18,6 +18,7 @@ from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box, Signal
 from agentqd.loops.finishing import finish_waiting, settle
 from agentqd.loops.preparing import PROMPT_LOOK_AGAIN_US, prompt_roots
+from agentqd.loops.reclaiming import claim_again
 from agentqd.storage import tasks as store
 from agentqd.storage.prompts import Missing, read_prompt
 from agentqd.storage.tasks import TaskRow
@@ -111,7 +112,7 @@ class Waker:
         if event is Event.START_TIME_REACHED and not self._start_reached(tx, task):
             store.set_wake(tx, task.seq, after)
         elif event is not None:
-            store.move_task(tx, task, event, reason=None, wake_at=after)
+            claim_again(tx, self.box, store.move_task(tx, task, event, reason=None, wake_at=after))
         else:
             store.set_wake(tx, task.seq, after)
 
