@@ -197,7 +197,7 @@ def _become(call: Call, argv: list[str], claim_id: str) -> NoReturn:
     for name in ("SIGPIPE", "SIGXFSZ"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     try:
-        os.execvpe(argv[0], argv, {**os.environ, "AGENTQ_CLAIM_ID": claim_id})
+        os.execvpe(argv[0], argv, {**os.environ, "AGENTQ_CLAIM_ID": claim_id})  # noqa: S606 - an argv, no shell
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         failed = AgentqError(f"{argv[0]}: {error.strerror}", code="spawn_failed")
