@@ -87,6 +87,7 @@ class Runner(Strict, frozen=True):
     result: str | None = (
         None  # result format: text, claude-json, claude-stream-json, codex-jsonl, gemini-json, ...
     )
+    check_writes: bool = False  # name what changed below the workdir and was not declared
     defaults: Defaults = Defaults()
 
 

@@ -30,6 +30,7 @@ from agentqd.loops.unblocking import (
     waiting_for_a_place,
     what_blocks,
 )
+from agentqd.loops.undeclared import Undeclared
 from agentqd.storage import outbox
 from agentqd.storage import tasks as store
 from agentqd.storage.tasks import AttemptRow, TaskRow
@@ -53,6 +54,7 @@ class AttemptEnd(msgspec.Struct, frozen=True):
     failed_reason: tuple[str, str] | None = None  # (reason, detail): our own side failed it
     check_passed: bool | None = None
     check_detail: str | None = None
+    undeclared: Undeclared | None = None  # where the runner has check_writes
 
 
 class Finished(msgspec.Struct, frozen=True):
@@ -77,6 +79,14 @@ def finish_attempt(tx: Transaction, box: Box, end: AttemptEnd) -> Finished | Non
     evidence = _evidence(end, len(keys | sound | end.keys))
     verdict = _verdict(end, evidence, resolved)
     said = _close_attempt(tx, task, attempt, end, verdict, evidence)
+    if end.undeclared is not None and end.undeclared.count:
+        tx.event(
+            task.id,
+            "undeclared_writes",
+            attempt=end.attempt,
+            count=end.undeclared.count,
+            paths=end.undeclared.paths[:10],
+        )
     _tell(tx, box, task, verdict)
     event, wake = _what_next(tx, task, attempt, verdict, resolved)
     if event is Event.FINISHED:
@@ -174,6 +184,8 @@ def evidence_json(end: AttemptEnd, evidence: Evidence) -> dict[str, Any]:
             data["left_behind"] = [{"pid": item.pid, "name": item.name} for item in exited.left_behind]
         data["cpu_s"] = round(exited.user_cpu_s + exited.system_cpu_s, 3)
         data["max_rss_bytes"] = exited.max_rss_bytes
+    if end.undeclared is not None:
+        data["undeclared_writes"] = end.undeclared.as_json()
     if seen is not None and seen.problems:
         data["problems"] = seen.problems[:20]
     return data

@@ -42,7 +42,9 @@ def lapses(box: RealBox) -> list[dict[str, Any]]:
 
 
 @pytest.mark.row(70, 71)
-def test_a_stopped_worker_keeps_its_claim_past_the_ttl_and_that_is_told_once(box: RealBox, tmp_path: Path) -> None:
+def test_a_stopped_worker_keeps_its_claim_past_the_ttl_and_that_is_told_once(
+    box: RealBox, tmp_path: Path
+) -> None:
     holder(box, tmp_path / "f", tmp_path / "go", intent_ttl="300ms")
     pid = wait_for("its pid", lambda: box.show("holder")["attempts"][0]["pid"])
     os.killpg(pid, signal.SIGSTOP)
@@ -61,19 +63,34 @@ def test_a_stopped_worker_keeps_its_claim_past_the_ttl_and_that_is_told_once(box
 
 
 @pytest.mark.row(70)
-@pytest.mark.parametrize("sign", ["echo x", "touch $AGENTQ_HEARTBEAT", "echo x > $AGENTQ_OUTBOX/.$n"])
-def test_signs_of_life_put_the_ttl_off(box: RealBox, tmp_path: Path, sign: str) -> None:
-    prompt = f"n=0; while ! [ -e {tmp_path}/quiet ]; do n=$((n+1)); {sign}; sleep 0.2; done; sleep 300"
-    holder(box, tmp_path / "f", tmp_path / "go", prompt=prompt, intent_ttl="1500ms", kill_grace="100ms")
-    first = claims(box)[0]["expires_at"]
-    wait_for("a later expiry", lambda: claims(box)[0]["expires_at"] > first[:-1] + "9")
-    folder = box.attempt_folder("holder")
-    began = (folder / "started").stat().st_ctime
-    wait_for("two TTLs", lambda: max(p.stat().st_ctime for p in folder.iterdir()) - began > 3)
+def test_signs_of_life_put_the_ttl_off(box: RealBox, tmp_path: Path) -> None:
+    signs = {
+        "output": "echo x",
+        "heartbeat": "touch $AGENTQ_HEARTBEAT",
+        "outbox": "echo x > $AGENTQ_OUTBOX/.$n",
+    }
+    for name, sign in signs.items():
+        prompt = f"n=0; while ! [ -e {tmp_path}/quiet ]; do n=$((n+1)); {sign}; sleep 0.2; done; sleep 300"
+        box.submit(
+            task=name,
+            id=name,
+            prompt=prompt,
+            writes_to=[f"{tmp_path}/{name}"],
+            intent_ttl="1200ms",
+            kill_grace="100ms",
+        )
+    for name in signs:
+        box.wait_state(name, "running")
+    began = min((box.attempt_folder(name) / "started").stat().st_ctime for name in signs)
+    for name in signs:
+        folder = box.attempt_folder(name)
+        wait_for("two TTLs", lambda f=folder: max(each.stat().st_ctime for each in f.iterdir()) - began > 2.4)
     assert lapses(box) == []
+    assert all(claim["expires_at"] for claim in claims(box))
     (tmp_path / "quiet").touch()
-    assert len(wait_for("the alert", lambda: lapses(box))) == 1
-    assert claims(box)[0]["task_id"] == "holder"
+    told = wait_for("three alerts", lambda: (found := lapses(box))[2:] and found)
+    assert sorted(each["task"] for each in told) == sorted(signs)
+    assert len(claims(box)) == 3
 
 
 @pytest.mark.row(70)
@@ -142,7 +159,15 @@ def outside() -> Iterator[Outside]:
     with ExitStack() as stack:
 
         def start(box: RealBox, *words: str | Path) -> subprocess.Popen[bytes]:
-            command = [sys.executable, "-m", "agentqd.cli.main", "--state-dir", str(box.state), "--runtime-dir", str(box.runtime)]
+            command = [
+                sys.executable,
+                "-m",
+                "agentqd.cli.main",
+                "--state-dir",
+                str(box.state),
+                "--runtime-dir",
+                str(box.runtime),
+            ]
             made = subprocess.Popen(
                 [*command, "writes", "claim", *map(str, words)],
                 stdout=subprocess.PIPE,
@@ -163,7 +188,8 @@ def outside() -> Iterator[Outside]:
 
 def held(box: RealBox, count: int = 1) -> list[dict[str, Any]]:
     return wait_for(
-        f"{count} outside claims", lambda: (found := [c for c in claims(box) if c["state"] == "held"])[count - 1 :] and found
+        f"{count} outside claims",
+        lambda: (found := [c for c in claims(box) if c["state"] == "held"])[count - 1 :] and found,
     )
 
 
@@ -174,12 +200,27 @@ def test_an_outside_claim_refuses_tasks_while_its_command_runs_and_exits_as_it_d
     script = f"while ! [ -e {tmp_path}/go ]; do sleep 0.02; done; exit 7"
     claim = outside(box, tmp_path / "d", "--name", "editor", "--", "sh", "-c", script, "secret-argument")
     (shown,) = held(box)
-    assert (shown["kind"], shown["task"], shown["path"], shown["pid"] > 0) == ("outside", "editor", f"{tmp_path}/d", True)
+    assert (shown["kind"], shown["task"], shown["path"], shown["pid"] > 0) == (
+        "outside",
+        "editor",
+        f"{tmp_path}/d",
+        True,
+    )
     task = {"task": "t", "prompt": "echo x", "writes_to": [f"{tmp_path}/d/f"]}
     status, answer = box.api("POST", "/v1/tasks", task)
     conflict = {"task_id": shown["task_id"], "task": "editor", "path": f"{tmp_path}/d"}
     assert (status, answer["conflicts"]) == (409, [conflict])
-    refused = box.ctl("writes", "claim", f"{tmp_path}/d", "--on-conflict", "refuse", "--json", "--", "touch", f"{tmp_path}/ran")
+    refused = box.ctl(
+        "writes",
+        "claim",
+        f"{tmp_path}/d",
+        "--on-conflict",
+        "refuse",
+        "--json",
+        "--",
+        "touch",
+        f"{tmp_path}/ran",
+    )
     assert (refused.returncode, json.loads(refused.stdout)["conflicts"]) == (75, [conflict])
     assert not (tmp_path / "ran").exists()
     (tmp_path / "go").touch()
@@ -191,9 +232,20 @@ def test_an_outside_claim_refuses_tasks_while_its_command_runs_and_exits_as_it_d
 
 
 @pytest.mark.row(75)
-def test_claims_and_tasks_wait_for_each_other_in_order(box: RealBox, tmp_path: Path, outside: Outside) -> None:
+def test_claims_and_tasks_wait_for_each_other_in_order(
+    box: RealBox, tmp_path: Path, outside: Outside
+) -> None:
     holder(box, tmp_path / "f", tmp_path / "go")
-    claim = outside(box, tmp_path / "f", "--on-conflict", "queue", "--", "sh", "-c", f"while ! [ -e {tmp_path}/go2 ]; do sleep 0.02; done")
+    claim = outside(
+        box,
+        tmp_path / "f",
+        "--on-conflict",
+        "queue",
+        "--",
+        "sh",
+        "-c",
+        f"while ! [ -e {tmp_path}/go2 ]; do sleep 0.02; done",
+    )
     wait_for("the waiting claim", lambda: [c for c in claims(box) if c["state"] == "waiting"])
     waiter(box, tmp_path / "f")
     assert box.wait_state("second", "blocked")["detail"].startswith("waits for ")
@@ -250,14 +302,19 @@ def test_an_outside_claim_outlasts_the_daemon_but_not_its_command_nor_the_boot(
 
 
 @pytest.mark.row(73)
-def test_conflicts_are_kept_by_time_and_counted_by_policy(make_box: MakeBox, tmp_path: Path, outside: Outside) -> None:
+def test_conflicts_are_kept_by_time_and_counted_by_policy(
+    make_box: MakeBox, tmp_path: Path, outside: Outside
+) -> None:
     box = make_box()
     outside(box, tmp_path / "f", "--name", "editor", "--", "sleep", "300")
     held(box)
     for policy in ("refuse", "refuse", "warn"):
         box.submit(task="t", id="t", prompt="echo x", writes_to=[f"{tmp_path}/f"], on_conflict=policy)
     found = box.ctl_json("writes", "conflicts", "--since", "1h")
-    assert sorted((each["task"], each["policy"], each["count"]) for each in found) == [("t", "refuse", 2), ("t", "warn", 1)]
+    assert sorted((each["task"], each["policy"], each["count"]) for each in found) == [
+        ("t", "refuse", 2),
+        ("t", "warn", 1),
+    ]
     assert {each["other_id"] for each in found} == {claims(box)[0]["task_id"]}
     assert box.ctl_json("writes", "conflicts", "--since", "2999-01-01T00:00:00Z") == []
     metrics = subprocess.run(
@@ -266,3 +323,27 @@ def test_conflicts_are_kept_by_time_and_counted_by_policy(make_box: MakeBox, tmp
     ).stdout  # fmt: skip
     assert 'agentqd_write_conflicts_total{policy="refuse"} 2' in metrics
     assert 'agentqd_write_claims{by="outside"} 1' in metrics
+
+
+# What was written and not declared.
+
+
+@pytest.mark.row(78)
+def test_undeclared_writes_are_named_where_the_runner_asks_and_nothing_fails(make_box: MakeBox, tmp_path: Path) -> None:
+    box = make_box("runners: {shell: {preset: shell, check_writes: true}}\n")
+    work = tmp_path / "work"
+    (work / ".git").mkdir(parents=True)
+    (work / "sub").mkdir()
+    for name in ("old", "sub/gone", "mine"):
+        (work / name).touch()
+    prompt = "echo x > mine; echo x > stray; echo x > .git/index; rm sub/gone; ln -s / link; echo done"
+    box.submit(task="t", id="t", prompt=prompt, workdir=str(work), writes_to=["mine"])
+    told = box.result("t")
+    expected = {"paths": ["link", "stray", "sub/"], "count": 3, "truncated": False}
+    assert (told["status"], told["evidence"]["undeclared_writes"]) == ("success", expected)
+    assert box.show("t")["attempts"][0]["evidence"]["undeclared_writes"] == expected
+    assert "undeclared_writes" in events(box, "t")
+    assert b"stray" in box.ctl("show", "t").stdout
+    box.submit(task="all", id="all", prompt="echo x > mine; echo done", workdir=str(work), writes_to=["*"])
+    assert box.result("all")["evidence"]["undeclared_writes"]["count"] == 0
+    assert "undeclared_writes" not in events(box, "all")
