@@ -329,7 +329,9 @@ def test_conflicts_are_kept_by_time_and_counted_by_policy(
 
 
 @pytest.mark.row(78)
-def test_undeclared_writes_are_named_where_the_runner_asks_and_nothing_fails(make_box: MakeBox, tmp_path: Path) -> None:
+def test_undeclared_writes_are_named_where_the_runner_asks_and_nothing_fails(
+    make_box: MakeBox, tmp_path: Path
+) -> None:
     box = make_box("runners: {shell: {preset: shell, check_writes: true}}\n")
     work = tmp_path / "work"
     (work / ".git").mkdir(parents=True)
