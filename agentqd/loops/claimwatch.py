@@ -62,6 +62,7 @@ class Holder(msgspec.Struct, frozen=True):
     task: TaskRow
     ttl_s: float
     since_us: int  # its newest attempt's claim, or that attempt's end
+    leader: tuple[int, int] | None  # that attempt's worker: pid and start
 
 
 def holder_of(connection: sqlite3.Connection, box: Box, task: TaskRow) -> Holder | None:
@@ -73,7 +74,9 @@ def holder_of(connection: sqlite3.Connection, box: Box, task: TaskRow) -> Holder
     if ttl_s is None:
         return None
     attempt = store.attempt_of(connection, task.seq, task.attempt)
-    return Holder(task, ttl_s, attempt.ended_at or attempt.claimed_at)
+    known = attempt.pid is not None and attempt.pid_start is not None
+    leader = (attempt.pid, attempt.pid_start) if known else None
+    return Holder(task, ttl_s, attempt.ended_at or attempt.claimed_at, leader)  # type: ignore[arg-type]
 
 
 def sign_of(box: Box, holder: Holder) -> int:
@@ -150,15 +153,16 @@ class ClaimWatch:
     async def _lapsed(self, holder: Holder, sign: int) -> float:
         """Do what is to be done about it; in how many seconds to look again."""
         lapse = Lapse(holder.task, holder.ttl_s, sign)
-        alive = await self._is_alive(holder.task) if holder.task.state in ACTIVE_STATES else False
+        alive = await self._is_alive(holder) if holder.task.state in ACTIVE_STATES else False
         if alive is None:
             return _SOON_S
         unit = tell_lapsed if alive else release_lapsed
         await self.box.journal.commit(lambda tx: unit(tx, self.box, lapse))
         return min(LOOK_EVERY_S, max(_STEP_MIN_S, holder.ttl_s))
 
-    async def _is_alive(self, task: TaskRow) -> bool | None:
+    async def _is_alive(self, holder: Holder) -> bool | None:
         """None: nobody can say for the moment (it is being judged, sent again or reconciled)."""
+        task = holder.task
         live = self._workers.live.get(task.id)
         if self._workers.connected():
             known = live is not None and live.task.attempt == task.attempt and not live.ended
@@ -169,4 +173,4 @@ class ClaimWatch:
         folder = self.box.folders.attempt(task.id, task.attempt)
         if away_s < AWAY_S or not was_started(folder):
             return None
-        return await asyncio.to_thread(has_process, self.box.state_id, task.id, task.attempt)
+        return await asyncio.to_thread(has_process, self.box.state_id, task.id, task.attempt, holder.leader)

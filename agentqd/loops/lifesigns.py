@@ -31,8 +31,11 @@ def was_started(folder: str) -> bool:
     return os.path.lexists(f"{folder}/started")
 
 
-def has_process(state_id: str, task_id: str, attempt: int) -> bool:
-    """Does a process of this attempt live: one that carries its marker, a descendant of such a one, or one of its session?"""
+def has_process(state_id: str, task_id: str, attempt: int, leader: tuple[int, int] | None) -> bool:
+    """Does a process of this attempt live: one that carries its marker, a descendant of such a one, or one of its session?
+
+    `leader`: (pid, start) of the worker, which leads its session; the session keeps its number while anybody is in it.
+    """
     key = (task_id, str(attempt))
     mark = state_id.encode()
     processes = {pid: process for pid in all_pids() if (process := read_process(pid)) is not None}
@@ -41,10 +44,15 @@ def has_process(state_id: str, task_id: str, attempt: int) -> bool:
         environment = environment_of(pid)
         if environment and marked_key(environment, mark) == key:
             marked.add(pid)
-    if not marked:
-        return False
+    sessions = set(marked)
+    if leader is not None:
+        now = processes.get(leader[0])
+        if (
+            now is None or now.start == leader[1]
+        ):  # else the number is another's: nobody is left in that session
+            sessions.add(leader[0])
     return any(
-        process.state not in "ZX" and (process.session in marked or _descends(process, marked, processes))
+        process.state not in "ZX" and (process.session in sessions or _descends(process, marked, processes))
         for process in processes.values()
     )
 

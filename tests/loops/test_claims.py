@@ -234,9 +234,9 @@ async def test_an_end_that_is_being_judged_is_no_lapse(
     assert (await bench.alerts("claim_expired"), await claimed(bench)) == ([], ["a"])
 
 
-@pytest.mark.parametrize("lives", [True, False])
+@pytest.mark.parametrize("lives", ["marked", "session", ""])
 async def test_without_a_supervisor_proc_says_whether_a_process_lives(
-    bench: Bench, watch: ClaimWatch, workers: FakeWorkers, lives: bool
+    bench: Bench, watch: ClaimWatch, workers: FakeWorkers, lives: str
 ) -> None:
     await first(bench, max_attempts=2)
     await second(bench)
@@ -249,17 +249,28 @@ async def test_without_a_supervisor_proc_says_whether_a_process_lives(
         pass
     bench.clock._now_us = os.stat(f"{bench.folders.attempt('a', 1)}/started").st_ctime_ns // 1000 + 20_000_000
     mark = {MARK_STATE: bench.box.state_id, MARK_TASK: "a", MARK_ATTEMPT: "1"}
-    command = ["sh", "-c", "env -i sleep 300 & wait"]  # the child has lost its marker
+    command = [
+        "sh",
+        "-c",
+        "env -i sleep 300 & [ $0 = session ] || wait",
+        lives,
+    ]  # the child has lost its marker
     worker = subprocess.Popen(command, env={**os.environ, **mark} if lives else None, start_new_session=True)
+    started = read_process(worker.pid)
+    assert started is not None
+    start = started.start if lives else started.start - 1  # without a process the number is another's by now
+    await bench.do(lambda tx: tx.execute("UPDATE attempts SET pid = ?, pid_start = ?", (worker.pid, start)))
     try:
+        if lives == "session":
+            worker.wait()
         await watch.turn()
     finally:
         os.killpg(worker.pid, signal.SIGKILL)
         worker.wait()
     assert await bench.states("a") == ["running"]
     assert await claimed(bench) == (["a", "b"] if lives else ["b"])
-    assert len(await bench.alerts("claim_expired")) == int(lives)
-    assert has_process(bench.box.state_id, "a", 1) is False
+    assert len(await bench.alerts("claim_expired")) == int(bool(lives))
+    assert has_process(bench.box.state_id, "a", 1, (worker.pid, start)) is False
 
 
 def test_a_sign_of_life_in_the_future_is_one_of_now(tmp_path: Any) -> None:
