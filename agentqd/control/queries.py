@@ -80,9 +80,11 @@ CONFLICTS: Final = (
 CLAIM_COUNTS: Final = (
     "SELECT (SELECT count(*) FROM (SELECT 1 FROM intents LIMIT ?)),"
     " (SELECT count(*) FROM outside_paths),"
-    " (SELECT count(*) FROM (SELECT 1 FROM tasks WHERE state = 'blocked' AND reason = 'write_conflict' LIMIT ?)),"
+    " (SELECT count(*) FROM (SELECT 1 FROM tasks INDEXED BY tasks_write_blocked"
+    "  WHERE seq > 0 AND state = 'blocked' AND reason = 'write_conflict' LIMIT ?)),"
     " (SELECT count(*) FROM outside_claims WHERE held_at IS NULL),"
-    " (SELECT run_at FROM tasks WHERE state = 'blocked' AND reason = 'write_conflict' ORDER BY seq LIMIT 1),"
+    " (SELECT run_at FROM tasks INDEXED BY tasks_write_blocked"
+    "  WHERE seq > 0 AND state = 'blocked' AND reason = 'write_conflict' ORDER BY seq LIMIT 1),"
     " (SELECT min(asked_at) FROM outside_claims WHERE held_at IS NULL)"
 )
 CONFLICT_COUNTS: Final = "SELECT policy, n FROM conflict_counts ORDER BY policy"

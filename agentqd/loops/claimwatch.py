@@ -74,9 +74,9 @@ def holder_of(connection: sqlite3.Connection, box: Box, task: TaskRow) -> Holder
     if ttl_s is None:
         return None
     attempt = store.attempt_of(connection, task.seq, task.attempt)
-    known = attempt.pid is not None and attempt.pid_start is not None
-    leader = (attempt.pid, attempt.pid_start) if known else None
-    return Holder(task, ttl_s, attempt.ended_at or attempt.claimed_at, leader)  # type: ignore[arg-type]
+    pid, start = attempt.pid, attempt.pid_start
+    leader = None if pid is None or start is None else (pid, start)
+    return Holder(task, ttl_s, attempt.ended_at or attempt.claimed_at, leader)
 
 
 def sign_of(box: Box, holder: Holder) -> int:

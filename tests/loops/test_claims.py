@@ -270,7 +270,7 @@ async def test_without_a_supervisor_proc_says_whether_a_process_lives(
     assert await bench.states("a") == ["running"]
     assert await claimed(bench) == (["a", "b"] if lives else ["b"])
     assert len(await bench.alerts("claim_expired")) == int(bool(lives))
-    assert has_process(bench.box.state_id, "a", 1, (worker.pid, start)) is False
+    await bench.until(lambda: not has_process(bench.box.state_id, "a", 1, (worker.pid, start)))
 
 
 def test_a_sign_of_life_in_the_future_is_one_of_now(tmp_path: Any) -> None:
