@@ -10,6 +10,7 @@ Links are not followed, other mounts and the insides of `.git` not entered, our 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -59,15 +60,20 @@ def look(asked: Asked, clock: Callable[[], float] = time.monotonic) -> Undeclare
         device = os.stat(root).st_dev
     except OSError:
         return None
-    try:
-        declared = [path for path, _ in resolve_intents(asked.writes_to, asked.workdir)]
-    except InvalidTask:
-        declared = []
+    declared = _declared(asked, root)
     ours = frozenset(os.path.realpath(folder) for folder in asked.ours)
     walk = _Walk(root, device, ours, clock)
     found = [path for path in walk.changed(began_ns) if not _is_declared(path, declared)]
     names = sorted(_shown(os.path.relpath(path, root)) + "/" * path.endswith("/") for path in found)
     return Undeclared(names[: limits.UNDECLARED_NAMED_MAX], len(found), walk.incomplete)
+
+
+def _declared(asked: Asked, root: str) -> list[str]:
+    """As the claim was resolved, and as it was written: a declared name may have become a link since."""
+    found = [os.path.normpath(os.path.join(root, os.path.expanduser(path))) for path in asked.writes_to]
+    with contextlib.suppress(InvalidTask):
+        found += [path for path, _ in resolve_intents(asked.writes_to, asked.workdir)]
+    return found
 
 
 def _is_declared(path: str, declared: list[str]) -> bool:
