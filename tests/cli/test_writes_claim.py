@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -178,4 +179,8 @@ def test_its_command_is_ended_when_agentqctl_is_killed(ctl: Ctl, held: StandIn) 
     ) as process:
         process.kill()
         process.wait(20)
-        until(lambda: os.path.exists(f"{ctl.root}/told"))
+        try:
+            until(lambda: os.path.exists(f"{ctl.root}/told"))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
