@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import intake, machine, remote, rest, spawn_latency, status, throughput, waiting
+from benchmarks import claims, intake, machine, remote, rest, spawn_latency, status, throughput, waiting
 from benchmarks.measure import Row
 
 _OUTPUT = Path(__file__).with_name("last-run.json")
@@ -52,6 +52,7 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         ),
         "intake": lambda: intake.measure(folder, lines, 1 if quick else intake.ROUNDS),
         "waiting": lambda: waiting.measure(folder, lines, samples),
+        "claims": lambda: claims.measure(_sub(folder, "claims"), 10_000, samples),
         "rest": lambda: rest.measure(folder, 5 if quick else 30),
         "status": lambda: status.measure(folder, samples),
         "remote": lambda: remote.measure(
@@ -135,7 +136,7 @@ def _parse() -> argparse.Namespace:
         "--only",
         action="append",
         metavar="PART",
-        choices=["latency", "throughput", "intake", "waiting", "rest", "status", "remote", "large"],
+        choices=["latency", "throughput", "intake", "waiting", "claims", "rest", "status", "remote", "large"],
     )
     parser.add_argument(
         "--dir", metavar="DIR", help="a folder on a real disk (default: the temporary one, /var/tmp, here)"

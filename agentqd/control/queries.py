@@ -70,7 +70,7 @@ EVENTS_OF: Final = "SELECT seq, at, event, data FROM events WHERE task = ? ORDER
 LAST_EVENT: Final = "SELECT seq, at FROM events ORDER BY seq DESC LIMIT 1"
 CLAIMS: Final = (
     "SELECT i.task_seq, i.path, i.given, i.policy, i.claimed_at, t.id, t.name, t.state, t.reason FROM intents i"
-    " JOIN tasks t ON t.seq = i.task_seq ORDER BY i.path LIMIT ?"
+    " JOIN tasks t ON t.seq = i.task_seq WHERE i.expires_at IS NULL ORDER BY i.path LIMIT ?"
 )
 CONFLICTS: Final = (
     "SELECT c.path, c.task_id, c.name, c.other_id, t.name, c.policy, count(*), min(c.at), max(c.at)"
@@ -78,8 +78,8 @@ CONFLICTS: Final = (
     " GROUP BY c.path, coalesce(c.task_id, c.name), c.other_id, c.policy ORDER BY max(c.at) DESC"
 )
 CLAIM_COUNTS: Final = (
-    "SELECT (SELECT count(*) FROM (SELECT 1 FROM intents LIMIT ?)),"
-    " (SELECT count(*) FROM outside_paths),"
+    "SELECT (SELECT count(*) FROM (SELECT 1 FROM intents WHERE task_seq > 0 LIMIT ?)),"
+    " (SELECT count(*) FROM intents WHERE task_seq < 0),"
     " (SELECT count(*) FROM (SELECT 1 FROM tasks INDEXED BY tasks_write_blocked"
     "  WHERE seq > 0 AND state = 'blocked' AND reason = 'write_conflict' LIMIT ?)),"
     " (SELECT count(*) FROM outside_claims WHERE held_at IS NULL),"

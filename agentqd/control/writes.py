@@ -18,7 +18,6 @@ from agentqd.control.route import Call, Param, Route, answer, is_text, known_fie
 from agentqd.core.errors import AgentqError, InvalidRequest, NotPermitted, RefusedForNow
 from agentqd.core.limits import (
     CLAIM_PATH_BYTES_MAX,
-    CONFLICTS_TOLD_MAX,
     LIST_ROWS_MAX,
     TASK_NAME_CHARS_MAX,
     WRITES_TO_MAX,
@@ -26,7 +25,6 @@ from agentqd.core.limits import (
 from agentqd.core.settings import Conflict as Policy
 from agentqd.core.units import format_time, parse_time_us
 from agentqd.loops import outside
-from agentqd.loops.claimorder import before_claim
 from agentqd.loops.claimwatch import Holder as TaskHolder
 from agentqd.loops.claimwatch import holder_of, sign_of
 from agentqd.loops.outside import NoSuchClaim, Wish
@@ -104,7 +102,7 @@ def _outside(connection: sqlite3.Connection) -> list[dict[str, Any]]:
             "user": claim.holder.user,
         }
         for claim in outsideclaims.all_claims(connection)
-        for path, given in outsideclaims.paths_of(connection, claim.seq)
+        for path, given in outsideclaims.paths_of(connection, claim)
     ]
 
 
@@ -256,7 +254,7 @@ async def wait_for_claim(call: Call) -> web.StreamResponse:
 
 async def _waits_for(room: Room, claim: OutsideClaim) -> list[dict[str, str]]:
     def query(connection: sqlite3.Connection) -> list[dict[str, str]]:
-        return [each.as_json() for each in before_claim(connection, claim)[:CONFLICTS_TOLD_MAX]]
+        return [each.as_json() for each in outside.waits_for(connection, claim)]
 
     return await room.box.journal.read(query)
 

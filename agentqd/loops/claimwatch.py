@@ -35,15 +35,15 @@ _STEP_MIN_S: Final = 0.2
 _HOLDERS_MAX: Final = 10_000
 _ACTIVE: Final = (
     "SELECT t.seq FROM tasks t WHERE t.state IN ('running', 'stopping')"
-    " AND EXISTS (SELECT 1 FROM intents i WHERE i.task_seq = t.seq)"
+    " AND EXISTS (SELECT 1 FROM intents i WHERE i.task_seq = t.seq AND i.expires_at IS NULL)"
 )
 _BETWEEN: Final = (
     "SELECT t.seq FROM tasks t INDEXED BY tasks_between_attempts"
     " WHERE t.run_attempts > 0 AND t.state IN ('scheduled', 'queued', 'held', 'retryable')"
-    " AND EXISTS (SELECT 1 FROM intents i WHERE i.task_seq = t.seq) LIMIT ?"
+    " AND EXISTS (SELECT 1 FROM intents i WHERE i.task_seq = t.seq AND i.expires_at IS NULL) LIMIT ?"
 )
 _LATE_CLAIMS: Final = (
-    "SELECT seq FROM tasks WHERE state = 'blocked' AND reason = 'write_conflict' AND (run_attempts > 0 OR run > 1)"
+    "SELECT seq FROM tasks WHERE state = 'blocked' AND reason = 'write_conflict' AND run_attempts > 0"
     " ORDER BY seq LIMIT ?"
 )
 

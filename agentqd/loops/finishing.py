@@ -5,6 +5,7 @@ These are journal units: they decide with core rules and record; nothing here to
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Final
 
 import msgspec
@@ -20,16 +21,10 @@ from agentqd.core.verdict import CANCELLED, Ended, Evidence, Verdict, judge
 from agentqd.core.waking import total_deadline_us
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
-from agentqd.loops.claimorder import grant_waiting
+from agentqd.loops.claimorder import grant_those
 from agentqd.loops.dropfolder import Handed, record
 from agentqd.loops.evidence import Seen, as_json
-from agentqd.loops.unblocking import (
-    candidates_after,
-    request_of,
-    unblock,
-    waiting_for_a_place,
-    what_blocks,
-)
+from agentqd.loops.unblocking import candidates_after, request_of, unblock, what_blocks
 from agentqd.loops.undeclared import Undeclared
 from agentqd.storage import outbox
 from agentqd.storage import tasks as store
@@ -272,25 +267,19 @@ def _settle_others(tx: Transaction, box: Box, ended: TaskRow) -> None:
     """Whom the end of a task frees, or ends; a list, not recursion: chains may be long."""
     ends = [ended]
     while ends:
-        for waiting in candidates_after(tx, ends.pop()):
+        for waiting in candidates_after(tx, box, ends.pop()):
             moved = _settle(tx, box, waiting)
             if moved.state is State.FINISHED:
                 ends.append(moved)
-    grant_waiting(tx, box)
 
 
-def release_claim(tx: Transaction, box: Box, task: TaskRow) -> None:
-    """A task lets go of what it has claimed before its end; those that waited for it are unblocked with it."""
-    _settle_others(tx, box, task)
-
-
-def settle_waiting(tx: Transaction, box: Box) -> None:
-    """Something outside of any task was released: whoever waits for a place to write is looked at again."""
-    for seq in waiting_for_a_place(tx):
+def look_again(tx: Transaction, box: Box, seqs: Iterable[int]) -> None:
+    """A claim is gone before its task's end, or was no task's: those that waited for it (negative: outside claims) go on."""
+    grant_those(tx, box, seqs)
+    for seq in sorted(seq for seq in seqs if seq > 0):
         waiting = store.get(tx, seq)
         if waiting.state is State.BLOCKED:  # not ended meanwhile by what the one before it has brought about
             settle(tx, box, waiting)
-    grant_waiting(tx, box)
 
 
 def withdraw_claim(tx: Transaction, box: Box, was: TaskRow) -> None:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from agentqd.core.errors import IllegalTransition, NoSuchTask, WriteConflict
+from agentqd.core.errors import IllegalTransition, NoSuchTask
 from agentqd.core.lifecycle import ACTIVE_STATES, Event, Result, State
-from agentqd.core.limits import CONFLICTS_TOLD_MAX
 from agentqd.core.outbox import TABLE, RowEvent, RowState
 from agentqd.core.resolve import resolve
 from agentqd.core.verdict import CANCELLED
 from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.box import Box
-from agentqd.loops.claimorder import all_conflicts, named
+from agentqd.loops.claiming import claim_again
 from agentqd.loops.finishing import finish_waiting, settle
-from agentqd.loops.reclaiming import claim_again
+from agentqd.loops.reclaiming import reclaim
 from agentqd.loops.supervision import Supervision
 from agentqd.loops.unblocking import request_of, what_blocks
-from agentqd.storage import intents, outbox
+from agentqd.storage import outbox
 from agentqd.storage import tasks as store
 from agentqd.storage.paths import resolve_intents
 from agentqd.storage.tasks import TaskRow
@@ -61,7 +60,7 @@ def release(tx: Transaction, box: Box, task_id: str) -> TaskRow:
     moved = store.move_task(tx, task, event, reason=None, wake_at=next_wake_us(times, tx.now_us))
     if request.prompt_ref is not None and store.spec_of(tx, task.seq)[1] is None:
         return store.move_task(tx, moved, Event.BLOCKED, reason="prompt_missing", wake_at=tx.now_us)
-    moved = claim_again(tx, box, moved)
+    moved = reclaim(tx, box, moved)
     if moved.state not in {State.QUEUED, State.SCHEDULED}:
         return moved
     reason, detail = what_blocks(tx, moved, request)
@@ -73,7 +72,7 @@ def release(tx: Transaction, box: Box, task_id: str) -> TaskRow:
 def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
     """A new run of a finished task: its attempts start anew, its result gets a new id, delivered keys are not sent again.
 
-    Raises NoSuchTask, IllegalTransition (not finished), WriteConflict (its places are claimed by another task now).
+    It claims its places anew, under the policy of today. Raises NoSuchTask, IllegalTransition (not finished), WriteConflict.
     """
     task = must_find(tx, task_id)
     request = request_of(tx, task)
@@ -94,16 +93,8 @@ def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
     )
     if not request.writes_to:
         return moved
-    paths = resolve_intents(request.writes_to, resolved.workdir)
-    conflicts = all_conflicts(tx, [path for path, _ in paths], set(request.after_list()))
-    if conflicts and resolved.on_conflict != "warn":
-        first = conflicts[0]
-        raise WriteConflict(
-            f"{named(first)} has claimed {first.other_path} meanwhile; nothing was changed",
-            conflicts=[each.as_json() for each in conflicts[:CONFLICTS_TOLD_MAX]],
-        )
-    intents.claim(tx, task.seq, paths, resolved.on_conflict)
-    return moved
+    writes = resolve_intents(request.writes_to, resolved.workdir)
+    return claim_again(tx, box, moved, writes, resolved.on_conflict)
 
 
 def change_rows(

@@ -13,17 +13,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sqlite3
 from typing import Final
 
 import msgspec
 
+from agentqd.core.claims import Decision
 from agentqd.core.errors import AgentqError, IllegalTransition, RefusedForNow, WriteConflict
-from agentqd.core.limits import CONFLICTS_TOLD_MAX, OUTSIDE_CLAIMS_MAX, OUTSIDE_CLAIMS_PER_USER_MAX
+from agentqd.core.limits import OUTSIDE_CLAIMS_MAX, OUTSIDE_CLAIMS_PER_USER_MAX
 from agentqd.core.settings import Conflict as Policy
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box, Signal
-from agentqd.loops.claimorder import all_conflicts, before_claim, named
-from agentqd.loops.finishing import settle_waiting
+from agentqd.loops.claiming import meet, tell
+from agentqd.loops.finishing import look_again
 from agentqd.storage import intents, outsideclaims
 from agentqd.storage.intents import Conflict
 from agentqd.storage.outsideclaims import Holder, OutsideClaim
@@ -76,39 +78,42 @@ def ask(tx: Transaction, box: Box, wish: Wish) -> Answer | WriteConflict:
             raise IllegalTransition(
                 f"{wish.id} is the claim of another process; leave the id out", id=wish.id
             )
-        return Answer(known, [] if known.held else before_claim(tx, known)[:CONFLICTS_TOLD_MAX])
+        return Answer(known, waits_for(tx, known))
     _check_room(tx, wish.holder)
-    paths = [path for path, _ in wish.paths]
-    conflicts = (all_conflicts(tx, paths, set()) + outsideclaims.conflicts_for_claim(tx, paths))[
-        :CONFLICTS_TOLD_MAX
-    ]
-    conflicts = list(dict.fromkeys(conflicts))
-    if conflicts:
-        intents.record_conflicts(tx, wish.id, wish.name, conflicts, wish.policy)
-        others = [each.task_id for each in conflicts][:20]
-        tx.event(None, "write_conflict", claim=wish.id, name=wish.name, policy=wish.policy, others=others)
-    if conflicts and wish.policy == "refuse":
-        first = conflicts[0]
-        return WriteConflict(
-            f"write conflict: {first.path} overlaps {first.other_path}, which {named(first)} has claimed; try again later,"
-            " or use on_conflict: queue",
-            conflicts=[each.as_json() for each in conflicts],
-        )
-    waits = bool(conflicts) and wish.policy == "queue"
+    met = meet(tx, wish.paths, wish.policy, ())
+    if met.strangers:
+        tell(tx, wish.id, wish.name, met)
+    if met.decision is Decision.REFUSE:
+        text = f"write conflict: {met.text(wish.name)}; try again later, or use on_conflict: queue"
+        return WriteConflict(text, conflicts=met.told())
+    waits = met.decision is Decision.WAIT
     claim = outsideclaims.add(tx, wish.id, wish.name, wish.holder, wish.policy, wish.paths, held=not waits)
     said = {
         "claim": claim.id,
         "name": claim.name,
         "user": claim.holder.user,
         "pid": claim.holder.pid,
-        "paths": len(paths),
+        "paths": len(wish.paths),
     }
     event = "outside_claim_waits" if waits else "outside_claim_held"
     tx.event(None, event, **said, policy=claim.policy)
     tx.later(lambda: box.log.info(event, **said))
-    if conflicts and wish.policy == "warn":
-        _warn(tx, box, claim, conflicts)
-    return Answer(claim, conflicts)
+    if waits:
+        before = outsideclaims.before(tx, claim)
+        assert before is not None, "it met somebody in the line"
+        intents.wait_for(tx, claim.in_line, before.task_seq)
+    if met.decision is Decision.WARN:
+        text = f"{met.text(claim.name)} ({claim.id})"
+        alert(
+            tx, box, "write_conflict", text, key=claim.id, policy="warn", claim=claim.id, conflicts=met.told()
+        )
+    return Answer(claim, met.strangers)
+
+
+def waits_for(source: Transaction | sqlite3.Connection, claim: OutsideClaim) -> list[Conflict]:
+    """What a waiting claim is looked at again after; nothing for one that is held."""
+    before = None if claim.held else outsideclaims.before(source, claim)
+    return [] if before is None else [before]
 
 
 def _check_room(tx: Transaction, holder: Holder) -> None:
@@ -119,31 +124,17 @@ def _check_room(tx: Transaction, holder: Holder) -> None:
         raise RefusedForNow(text, reason="too_many_claims")
 
 
-def _warn(tx: Transaction, box: Box, claim: OutsideClaim, conflicts: list[Conflict]) -> None:
-    first = conflicts[0]
-    alert(
-        tx,
-        box,
-        "write_conflict",
-        f"{claim.name} ({claim.id}) claims {first.path}, which {named(first)} has claimed as {first.other_path}",
-        key=claim.id,
-        policy="warn",
-        claim=claim.id,
-        conflicts=[each.as_json() for each in conflicts],
-    )
-
-
 def release(tx: Transaction, box: Box, claim_id: str, reason: str) -> bool:
     """A unit: the claim goes, and whoever waited for it goes on. False: there is none (any more)."""
     claim = outsideclaims.find(tx, claim_id)
-    if claim is None or not outsideclaims.remove(tx, claim.seq):
+    if claim is None or not outsideclaims.remove(tx, claim):
         return False
     held_s = 0.0 if claim.held_at is None else round(max(0, tx.now_us - claim.held_at) / 1e6, 3)
     said = {"claim": claim.id, "name": claim.name, "reason": reason, "held_s": held_s}
     tx.event(None, "outside_claim_released", **said)
     tx.later(lambda: box.log.info("outside_claim_released", **said))
     tx.later(lambda: box.task_changed(claim_id))
-    settle_waiting(tx, box)
+    look_again(tx, box, intents.take_waiters(tx, claim.in_line))
     return True
 
 

@@ -2,28 +2,28 @@
 
 What may be found after a crash at any instant, each in one transaction:
 1. The claim is there (it has not lapsed, or its task lives): nothing to do.
-2. The claim is gone, its task has not ended and has no process: it claims again, under its own policy, in the very
-   transaction that would make it ready (`claim_again`). So no task of ours runs without the claim that it declared.
+2. The claim has lapsed, its task has not ended and has no process: it is made again, in its old place in the line and under the
+   task's own policy, in the very transaction that would make the task ready (`reclaim`). So no task of ours runs without the
+   claim that it declared.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from agentqd.core.errors import InvalidTask
+from agentqd.core.claims import Decision, decide
 from agentqd.core.lifecycle import Event, Result, State
 from agentqd.core.limits import CONFLICTS_TOLD_MAX, WAITERS_NAMED_MAX
 from agentqd.core.resolve import resolve
-from agentqd.core.task import TaskRequest
 from agentqd.core.units import format_duration, format_time
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
-from agentqd.loops.claimorder import in_the_way, named, waiters
-from agentqd.loops.finishing import finish_waiting, release_claim
-from agentqd.loops.unblocking import WRITE_CONFLICT, request_of
+from agentqd.loops.claiming import WRITE_CONFLICT, Met, tell, waits_text
+from agentqd.loops.claimorder import past, waiters
+from agentqd.loops.finishing import finish_waiting, look_again
+from agentqd.loops.unblocking import request_of
 from agentqd.storage import intents
 from agentqd.storage import tasks as store
-from agentqd.storage.paths import resolve_intents
 from agentqd.storage.tasks import TaskRow
 from agentqd.storage.transaction import Transaction
 
@@ -40,11 +40,11 @@ class Lapse(msgspec.Struct, frozen=True):
 
 def tell_lapsed(tx: Transaction, box: Box, lapse: Lapse) -> bool:
     """The worker lives and is silent: its claim stays, and that is said once for each silence."""
-    task = lapse.task
-    paths = intents.paths_of(tx, task.seq)
-    if not paths or not _as_seen(tx, task):
+    task, mine = lapse.task, _live_claim(tx, lapse.task)
+    if mine is None:
         return False
-    waiting = waiters(tx, paths, task.seq)[:WAITERS_NAMED_MAX]
+    paths = sorted(mine.paths)
+    waiting = waiters(tx, task.seq, mine)[:WAITERS_NAMED_MAX]
     behind = f"; {len(waiting)} wait for it: {', '.join(waiting[:5])}" if waiting else ""
     message = (
         f"task {task.id} ({task.name}) runs, but has shown no sign of life for its intent_ttl of"
@@ -69,13 +69,13 @@ def release_lapsed(tx: Transaction, box: Box, lapse: Lapse) -> bool:
 
     A task that is ready to start would claim again at once: it only lets others go first, if there are any.
     """
-    task = lapse.task
-    paths = intents.paths_of(tx, task.seq)
-    if not paths or not _as_seen(tx, task):
+    task, mine = lapse.task, _live_claim(tx, lapse.task)
+    if mine is None:
         return False
     ready = task.state is State.QUEUED
-    if ready and not waiters(tx, paths, task.seq):
+    if ready and not waiters(tx, task.seq, mine):
         return False
+    paths = sorted(mine.paths)
     tx.event(
         task.id,
         "claim_released",
@@ -90,71 +90,54 @@ def release_lapsed(tx: Transaction, box: Box, lapse: Lapse) -> bool:
             "claim_released", task=task.id, name=task.name, paths=len(paths), reason="intent_ttl"
         )
     )
-    release_claim(tx, box, task)
+    intents.lapse(tx, task.seq)
+    look_again(tx, box, intents.take_waiters(tx, task.seq))
     if ready:
-        claim_again(tx, box, store.get(tx, task.seq))
+        reclaim(tx, box, store.get(tx, task.seq))
     return True
 
 
-def _as_seen(tx: Transaction, task: TaskRow) -> bool:
-    """Nothing has happened to the task since it was looked at."""
+def _live_claim(tx: Transaction, task: TaskRow) -> intents.Claim | None:
+    """The task's claim, if nothing has happened to it or to the task since that was looked at."""
     now = store.get(tx, task.seq)
-    return (now.state, now.run, now.attempt) == (task.state, task.run, task.attempt)
+    as_seen = (now.state, now.run, now.attempt) == (task.state, task.run, task.attempt)
+    return intents.claim_of(tx, task.seq) if as_seen and not intents.has_lapsed(tx, task.seq) else None
 
 
-def claim_again(tx: Transaction, box: Box, task: TaskRow) -> TaskRow:
-    """Part of the unit that has just made a task ready (or scheduled): if its claim has lapsed, it claims anew.
+def reclaim(tx: Transaction, box: Box, task: TaskRow) -> TaskRow:
+    """Part of the unit that has just made a task ready (or scheduled): if its claim has lapsed, it is made again.
 
-    `queue`: it waits, blocked. `refuse`: it ends, refused. `warn`: it goes on, and that is alerted.
+    `queue`: the task waits, blocked. `refuse`: it ends, refused. `warn`: it goes on, and that is alerted.
     """
-    if task.run_attempts == 0:
+    if task.run_attempts == 0 or not intents.has_lapsed(tx, task.seq):
         return task
-    request = request_of(tx, task)
-    if not request.writes_to or intents.paths_of(tx, task.seq):
+    policy = resolve(request_of(tx, task), task.queue, task.runner, box.settings).on_conflict
+    intents.make_again(tx, task.seq, policy)
+    mine = intents.claim_of(tx, task.seq)
+    assert mine is not None, "a claim that has lapsed is still there"
+    before = intents.newest_before(tx, mine)
+    found = ([before] if before is not None else []) + past(tx, task.seq, mine)[:CONFLICTS_TOLD_MAX]
+    if not found:
+        tx.event(task.id, "claimed_again", policy=policy, waits=False)
         return task
-    resolved = resolve(request, task.queue, task.runner, box.settings)
-    try:
-        paths = resolve_intents(request.writes_to, resolved.workdir)
-    except InvalidTask as error:  # the config gave it a workdir, and does so no more
-        return finish_waiting(tx, box, task, Event.REFUSED, Result.REFUSED, error.code, error.message)
-    policy = resolved.on_conflict
-    conflicts = in_the_way(tx, task, request, [path for path, _ in paths])[:CONFLICTS_TOLD_MAX]
-    if conflicts:
-        intents.record_conflicts(tx, task.id, task.name, conflicts, policy)
-        tx.event(task.id, "write_conflict", policy=policy, others=[each.task_id for each in conflicts][:20])
-    if conflicts and policy == "refuse":
-        text = (
-            f"its claim had lapsed, and {named(conflicts[0])} has claimed {conflicts[0].other_path} meanwhile"
-        )
+    met = Met(decide(policy, strangers=True), found, frozenset(), policy)
+    tell(tx, task.id, task.name, met)
+    if met.decision is Decision.REFUSE:
+        text = f"its claim had lapsed, and {found[-1].who()} has claimed {found[-1].other_path} meanwhile"
         return finish_waiting(tx, box, task, Event.REFUSED, Result.REFUSED, WRITE_CONFLICT, text)
-    intents.claim(tx, task.seq, paths, policy)
-    tx.event(task.id, "claimed_again", policy=policy, waits=bool(conflicts) and policy == "queue")
-    if conflicts and policy == "queue":
-        return _wait(
-            tx,
-            task,
-            f"waits for {conflicts[0].task_id} ({conflicts[0].task}), which writes {conflicts[0].other_path}",
-        )
-    if conflicts:
-        _warn(tx, box, task, request, conflicts)
-    return task
-
-
-def _wait(tx: Transaction, task: TaskRow, detail: str) -> TaskRow:
-    return store.move_task(tx, task, Event.BLOCKED, reason=WRITE_CONFLICT, detail=detail)
-
-
-def _warn(
-    tx: Transaction, box: Box, task: TaskRow, request: TaskRequest, conflicts: list[intents.Conflict]
-) -> None:
-    first = conflicts[0]
+    waits = met.decision is Decision.WAIT
+    tx.event(task.id, "claimed_again", policy=policy, waits=waits)
+    if waits:
+        intents.wait_for(tx, task.seq, found[-1].task_seq)
+        return store.move_task(tx, task, Event.BLOCKED, reason=WRITE_CONFLICT, detail=waits_text(found[-1]))
     alert(
         tx,
         box,
-        "write_conflict",
-        f"{request.task} claims {first.path} again, which {named(first)} has claimed as {first.other_path}",
+        WRITE_CONFLICT,
+        f"{met.text(task.name)}; the claim of {task.id} had lapsed",
         task=task,
         key=f"again:{task.attempt}",
-        policy="warn",
-        conflicts=[each.as_json() for each in conflicts],
+        policy=policy,
+        conflicts=met.told(),
     )
+    return task

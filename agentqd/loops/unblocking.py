@@ -1,7 +1,8 @@
 """What blocks a task besides time: tasks it comes after, and places that others have claimed to write.
 
 Both are settled in the transaction in which a task ends. A dependency must exist when the task that names it is accepted,
-and a claim yields only to older ones: neither can go round in a circle, so nothing here can deadlock.
+and a claim waits only for those before it in the line; the few that could close a circle (an ended task that is run again)
+are looked at when they come: nothing here can deadlock (docs/intents.md).
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from agentqd.core.resolve import resolve
 from agentqd.core.task import TaskRequest, read_task
 from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.box import Box
-from agentqd.loops.claimorder import in_the_way
+from agentqd.loops.claiming import WRITE_CONFLICT, in_line, waits_text
+from agentqd.loops.claimorder import grant_those, late_holder
 from agentqd.storage import intents
 from agentqd.storage import tasks as store
 from agentqd.storage.tasks import TaskRow
 from agentqd.storage.transaction import Transaction
 
 DEPENDENCY = "dependency"
-WRITE_CONFLICT = "write_conflict"
 
 
 def unblock(
@@ -32,11 +33,16 @@ def unblock(
 
 
 def what_blocks(tx: Transaction, task: TaskRow, request: TaskRequest) -> tuple[str | None, str | None]:
-    """(reason, detail) that a task is to be blocked for, (`dependency_failed`, ...) if it can never run, or (None, None)."""
+    """(reason, detail) that a task is to be blocked for, (`dependency_failed`, ...) if it can never run, or (None, None).
+
+    What waits for a place is noted with the claim before it, so that its end finds it (`candidates_after`).
+    """
     rows = tx.execute(
         "SELECT t.id, t.state, t.result FROM dependencies d JOIN tasks t ON t.seq = d.on_seq WHERE d.task_seq = ?",
         (task.seq,),
     ).fetchall()
+    if task.run_at != task.accepted_at:  # a person's retry beats what it once came after
+        rows = []
     policy = request.after_policy or "success"
     open_ = [row[0] for row in rows if row[1] != State.FINISHED.value]
     failed = [row[0] for row in rows if row[1] == State.FINISHED.value and row[2] != Result.SUCCESS.value]
@@ -46,43 +52,24 @@ def what_blocks(tx: Transaction, task: TaskRow, request: TaskRequest) -> tuple[s
         return DEPENDENCY, f"waits for {', '.join(open_[:5])}"
     if policy == "failure" and rows and not failed:
         return "dependency_failed", "every task that it comes after ended with success"
-    paths = intents.paths_of(tx, task.seq)
-    if paths and _queues(tx, task):
-        older = in_the_way(tx, task, request, paths)
-        if older:
-            return (
-                WRITE_CONFLICT,
-                f"waits for {older[0].task_id} ({older[0].task}), which writes {older[0].other_path}",
-            )
+    before = in_line(tx, task) or late_holder(tx, task)
+    if before is not None:
+        intents.wait_for(tx, task.seq, before.task_seq)
+        return WRITE_CONFLICT, waits_text(before)
     return None, None
 
 
-def _queues(tx: Transaction, task: TaskRow) -> bool:
-    """`refuse` too: nothing older stood in its way when it was accepted, but a lapsed claim may have been made again since."""
-    row = tx.one("SELECT 1 FROM intents WHERE task_seq = ? AND policy != 'warn' LIMIT 1", (task.seq,))
-    return row is not None
+def candidates_after(tx: Transaction, box: Box, ended: TaskRow) -> list[TaskRow]:
+    """Blocked tasks that the end of `ended` may free: those that come after it, and those that wait for a place to write.
 
-
-def candidates_after(tx: Transaction, ended: TaskRow) -> list[TaskRow]:
-    """Blocked tasks that the end of `ended` may free: those that come after it, and those that wait for a place to write."""
-    released = intents.release(tx, ended.seq)
+    Outside claims that waited for it are seen to here.
+    """
+    intents.release(tx, ended.seq)
     seqs = {row[0] for row in tx.execute("SELECT task_seq FROM dependencies WHERE on_seq = ?", (ended.seq,))}
-    if released:
-        seqs |= {
-            row[0]
-            for row in tx.execute(
-                "SELECT DISTINCT i.task_seq FROM intents i JOIN tasks t ON t.seq = i.task_seq"
-                " WHERE t.state = 'blocked' AND t.reason = 'write_conflict'"
-            )
-        }
-    rows = [store.get(tx, seq) for seq in sorted(seqs)]
+    seqs |= set(intents.take_waiters(tx, ended.seq))
+    grant_those(tx, box, seqs)
+    rows = [store.get(tx, seq) for seq in sorted(seqs) if seq > 0]
     return [row for row in rows if row.state is State.BLOCKED and row.reason in {DEPENDENCY, WRITE_CONFLICT}]
-
-
-def waiting_for_a_place(tx: Transaction) -> list[int]:
-    """The seqs of tasks that are blocked by somebody's claim, oldest first."""
-    sql = "SELECT seq FROM tasks WHERE state = 'blocked' AND reason = 'write_conflict' ORDER BY seq"
-    return [row[0] for row in tx.execute(sql).fetchall()]
 
 
 def request_of(tx: Transaction, task: TaskRow) -> TaskRequest:

@@ -1,33 +1,24 @@
-"""Write claims of processes outside of any task, in the journal beside the tasks' own (`intents`).
-
-Their place among the tasks: a claim is younger than every task with a seq up to its `after_seq`, and older than all others.
-Whoever waits, waits for older claims only; so tasks and outside claims together cannot wait in a circle.
-"""
+"""Write claims of processes outside of any task. Their paths stand in the line of all claims (`intents`), under negative seqs."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
 from typing import Final
 
 import msgspec
 
-from agentqd.core.intents import overlap
 from agentqd.core.settings import Conflict as Policy
-from agentqd.storage.intents import Conflict
+from agentqd.storage import intents
 from agentqd.storage.transaction import Transaction
 
 Source = Transaction | sqlite3.Connection
-_COLUMNS: Final = "seq, id, name, uid, user, pid, pid_start, boot_id, policy, after_seq, asked_at, held_at"
+_COLUMNS: Final = "seq, id, name, uid, user, pid, pid_start, boot_id, policy, asked_at, held_at"
 _ALL: Final = f"SELECT {_COLUMNS} FROM outside_claims ORDER BY seq"  # noqa: S608 - fixed names
 _BY_ID: Final = f"SELECT {_COLUMNS} FROM outside_claims WHERE id = ?"  # noqa: S608 - fixed names
-_PATHS: Final = (
-    "SELECT c.seq, c.id, c.name, c.after_seq, c.held_at, p.path FROM outside_claims c"
-    " JOIN outside_paths p ON p.claim_seq = c.seq ORDER BY c.seq, p.path"
-)
+_BY_SEQ: Final = f"SELECT {_COLUMNS} FROM outside_claims WHERE seq = ?"  # noqa: S608 - fixed names
 _INSERT: Final = (
-    "INSERT INTO outside_claims (id, name, uid, user, pid, pid_start, boot_id, policy, after_seq, asked_at, held_at)"
-    " VALUES (?,?,?,?,?,?,?,?,?,?,?)"
+    "INSERT INTO outside_claims (id, name, uid, user, pid, pid_start, boot_id, policy, asked_at, held_at)"
+    " VALUES (?,?,?,?,?,?,?,?,?,?)"
 )
 
 
@@ -47,7 +38,6 @@ class OutsideClaim(msgspec.Struct, frozen=True):
     name: str
     holder: Holder
     policy: Policy
-    after_seq: int
     asked_at: int
     held_at: int | None
 
@@ -55,10 +45,10 @@ class OutsideClaim(msgspec.Struct, frozen=True):
     def held(self) -> bool:
         return self.held_at is not None
 
-
-def is_outside(conflict: Conflict) -> bool:
-    """Is it an outside claim, not a task, that stands in the way?"""
-    return conflict.task_seq < 0
+    @property
+    def in_line(self) -> int:
+        """Its seq among the claims of tasks."""
+        return -self.seq
 
 
 def all_claims(source: Source) -> list[OutsideClaim]:
@@ -71,17 +61,21 @@ def find(source: Source, claim_id: str) -> OutsideClaim | None:
     return None if row is None else _claim(row)
 
 
-def paths_of(source: Source, seq: int) -> list[tuple[str, str]]:
+def get(source: Source, seq: int) -> OutsideClaim | None:
+    row = source.execute(_BY_SEQ, (seq,)).fetchone()
+    return None if row is None else _claim(row)
+
+
+def paths_of(source: Source, claim: OutsideClaim) -> list[tuple[str, str]]:
     """(resolved, as given)."""
-    sql = "SELECT path, given FROM outside_paths WHERE claim_seq = ? ORDER BY path"
-    return [(path, given) for path, given in source.execute(sql, (seq,))]
+    sql = "SELECT path, given FROM intents WHERE task_seq = ? ORDER BY path"
+    return [(path, given) for path, given in source.execute(sql, (claim.in_line,))]
 
 
 def count(source: Source, uid: int) -> tuple[int, int]:
     """(all, this user's)."""
-    total, own = source.execute(
-        "SELECT count(*), count(uid = ? OR NULL) FROM outside_claims", (uid,)
-    ).fetchone()
+    sql = "SELECT count(*), count(CASE WHEN uid = ? THEN 1 END) FROM outside_claims"
+    total, own = source.execute(sql, (uid,)).fetchone()
     return int(total), int(own)
 
 
@@ -95,57 +89,31 @@ def add(
     *,
     held: bool,
 ) -> OutsideClaim:
-    """All of its paths at once; younger than every task that there is."""
+    """All of its paths at once, at the end of the line."""
     at = tx.now_us if held else None
     values = (claim_id, name, holder.uid, holder.user, holder.pid, holder.pid_start, holder.boot_id)
-    seq = tx.execute(_INSERT, (*values, policy, tx.numbers.task, tx.now_us, at)).lastrowid
+    seq = tx.execute(_INSERT, (*values, policy, tx.now_us, at)).lastrowid
     assert seq is not None
-    tx.executemany(
-        "INSERT OR IGNORE INTO outside_paths VALUES (?,?,?)", [(seq, path, given) for path, given in paths]
-    )
-    return OutsideClaim(seq, claim_id, name, holder, policy, tx.numbers.task, tx.now_us, at)
+    claim = OutsideClaim(seq, claim_id, name, holder, policy, tx.now_us, at)
+    intents.claim(tx, claim.in_line, paths, policy)
+    return claim
+
+
+def before(source: Source, claim: OutsideClaim) -> intents.Conflict | None:
+    """The newest claim that it has to wait for."""
+    mine = intents.claim_of(source, claim.in_line)
+    return None if mine is None else intents.newest_before(source, mine)
 
 
 def set_held(tx: Transaction, seq: int) -> None:
     tx.execute("UPDATE outside_claims SET held_at = ? WHERE seq = ?", (tx.now_us, seq))
 
 
-def remove(tx: Transaction, seq: int) -> bool:
+def remove(tx: Transaction, claim: OutsideClaim) -> bool:
     """False: it was gone already."""
-    tx.execute("DELETE FROM outside_paths WHERE claim_seq = ?", (seq,))
-    return tx.execute("DELETE FROM outside_claims WHERE seq = ?", (seq,)).rowcount > 0
+    intents.release(tx, claim.in_line)
+    return tx.execute("DELETE FROM outside_claims WHERE seq = ?", (claim.seq,)).rowcount > 0
 
 
-def conflicts_for_task(
-    source: Source, paths: Sequence[str], task_seq: int | None = None, *, or_held: bool = False
-) -> list[Conflict]:
-    """Outside claims that stand in the way of a task's `paths`: all of them, or those older than the task with this seq.
-
-    `or_held`: and younger ones that are held.
-    """
-    return [
-        _conflict(path, row)
-        for row in source.execute(_PATHS).fetchall()
-        if task_seq is None or row[3] < task_seq or (or_held and row[4] is not None)
-        for path in paths
-        if overlap(path, row[5])
-    ]
-
-
-def conflicts_for_claim(source: Source, paths: Sequence[str], before: int | None = None) -> list[Conflict]:
-    """Other outside claims in the way of one: all, or those older than the one with the seq `before`."""
-    return [
-        _conflict(path, row)
-        for row in source.execute(_PATHS).fetchall()
-        if before is None or row[0] < before
-        for path in paths
-        if overlap(path, row[5])
-    ]
-
-
-def _conflict(path: str, row: tuple[int, str, str, int, int | None, str]) -> Conflict:
-    return Conflict(path=path, task_seq=-row[0], task_id=row[1], task=row[2], other_path=row[5])
-
-
-def _claim(row: tuple[int, str, str, int, str, int, int, str, Policy, int, int, int | None]) -> OutsideClaim:
-    return OutsideClaim(row[0], row[1], row[2], Holder(*row[3:8]), row[8], row[9], row[10], row[11])
+def _claim(row: tuple[int, str, str, int, str, int, int, str, Policy, int, int | None]) -> OutsideClaim:
+    return OutsideClaim(row[0], row[1], row[2], Holder(*row[3:8]), row[8], row[9], row[10])

@@ -1,454 +1,434 @@
-"""Write claims that lapse, are made again, and stand beside claims from outside; the clock moves only when a test says so."""
+"""Write claims in the journal: random histories beside the plain model, every end, and what a look costs."""
 
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from typing import Any
+import random
+from collections.abc import Callable
+from typing import Any, Final
 
 import pytest
+from core.claims_model import Registry, Task
 
-from agentqd.core import limits
-from agentqd.core.errors import IllegalTransition, RefusedForNow, WriteConflict
-from agentqd.core.settings import Defaults, Settings
-from agentqd.core.task import read_task
-from agentqd.core.units import Duration
-from agentqd.loops.claimwatch import AWAY_S, ClaimWatch
-from agentqd.loops.lifesigns import has_process, last_sign_us
-from agentqd.loops.live import Live
-from agentqd.loops.operations import hold, release
-from agentqd.loops.outside import Answer, OutsideClaims, Wish, ask
-from agentqd.loops.outside import release as let_go
-from agentqd.loops.reclaiming import Lapse, release_lapsed
-from agentqd.loops.retention import Retention
+from agentqd.core.errors import InvalidTask, WriteConflict
+from agentqd.core.lifecycle import Event, Result, State
+from agentqd.core.limits import CONFLICTS_TOLD_MAX
+from agentqd.core.settings import Defaults, Queue, Settings, Writes
+from agentqd.loops import operations
+from agentqd.loops.admission import Accepted
+from agentqd.loops.finishing import finish_waiting
+from agentqd.loops.unblocking import candidates_after, request_of, what_blocks
 from agentqd.loops.waking import Waker
-from agentqd.storage import outsideclaims
-from agentqd.storage import tasks as store
-from agentqd.storage.outsideclaims import Holder
-from agentqd.supervisor.procfs import boot_id, read_process
-from agentqd.supervisor.tree import MARK_ATTEMPT, MARK_STATE, MARK_TASK
+from agentqd.storage import intents
+from agentqd.storage.transaction import Transaction
 
 from .harness import SOCKET, Bench
 
-
-class FakeWorkers:
-    """What a supervision knows: `live` by task id, and whether a supervisor is connected."""
-
-    def __init__(self) -> None:
-        self.live: dict[str, Live] = {}
-        self.is_connected = True
-
-    def connected(self) -> bool:
-        return self.is_connected
+PATHS: Final = ("a", "a/b", "a/c", "d", "", "a/*", "d/**/x", "[ad]")
+HISTORIES: Final = int(os.environ.get("AGENTQD_HISTORIES", "80"))
 
 
 @pytest.fixture
-def workers() -> FakeWorkers:
-    return FakeWorkers()
+def settings() -> Settings:
+    return Settings(
+        max_workers=1000, queues={"default": Queue(concurrency=1000), "parked": Queue(paused=True)}
+    )
 
 
-@pytest.fixture
-def watch(bench: Bench, workers: FakeWorkers) -> ClaimWatch:
-    return ClaimWatch(bench.box, workers)
+class History:
+    """One random history, in the journal and in the model; its tasks and paths are its own."""
 
+    def __init__(self, bench: Bench, n: int, draw: random.Random) -> None:
+        self.bench = bench
+        self.draw = draw
+        self.n = n
+        self.model = Registry()
 
-async def first(bench: Bench, **more: Any) -> None:
-    """The task `a`, running, with a claim on /p and a TTL of 10 s."""
-    await bench.connect()
-    await bench.add(id="a", **{"writes_to": ["/p"], "on_conflict": "queue", "intent_ttl": "10s", **more})
-    assert await bench.states("a") == ["running"]
+    def path(self, name: str) -> str:
+        return f"/h{self.n}/{name}".rstrip("/")
 
+    async def step(self) -> None:
+        what = self.draw.choice(["submit"] * 5 + ["end"] * 4 + ["cancel", "hold", "release", "retry", "retry", "resubmit"])  # fmt: skip
+        self.bench.clock.advance(0.001)
+        await getattr(self, what)()
+        await self.compare(what)
 
-async def into_backoff(bench: Bench, **more: Any) -> None:
-    await first(bench, **{"max_attempts": 3, "backoff": ["100s"], **more})
-    await bench.end("a", 1)
-    assert await bench.states("a") == ["retryable"]
+    def pick(self, *states: str, result: str | None = None) -> Task | None:
+        found = [
+            task
+            for task in self.model.tasks.values()
+            if task.state in states and (result is None or task.result == result)
+        ]
+        return self.draw.choice(found) if found else None
 
+    async def submit(self, name: str | None = None) -> None:
+        draw = self.draw
+        name = name or f"h{self.n}-{len(self.model.tasks)}"
+        others = [each for each in self.model.tasks if each != name]
+        paths = tuple({self.path(each) for each in draw.choices(PATHS, k=draw.choice([0, 1, 1, 1, 2]))})
+        after = tuple(dict.fromkeys(draw.choices(others, k=draw.choice([0, 0, 1, 2])))) if others else ()
+        task = Task(name, paths, draw.choice(["refuse", "queue", "queue", "warn"]), after, draw.choice(["success", "any", "failure"]))  # fmt: skip
+        fields: dict[str, Any] = {
+            "id": name,
+            "on_conflict": task.policy,
+            "queue": draw.choice(["default", "parked"]),
+        }
+        if paths:
+            fields["writes_to"] = list(paths)
+        if after:
+            fields |= {"after": list(after), "after_policy": task.after_policy}
+        expected = self.model.submit(task)
+        (outcome,) = await self.bench.admit(fields)
+        if expected == "circle":
+            assert isinstance(outcome, InvalidTask), outcome
+            assert outcome.code == "waits_for_itself"
+        else:
+            assert isinstance(outcome, Accepted), outcome
 
-async def second(bench: Bench, **more: Any) -> None:
-    await bench.add(**{"id": "b", "writes_to": ["/p"], "on_conflict": "queue", **more})
+    async def resubmit(self) -> None:
+        if task := self.pick("finished", result="refused"):
+            await self.submit(task.id)
 
+    async def end(self) -> None:
+        if task := self.pick("active"):
+            good = self.draw.random() < 0.6
+            running = (await self.bench.task(task.id)).state is State.RUNNING
+            if running:
+                await self.bench.end(task.id, 0 if good else 1)
+            else:  # in a paused queue
+                await self.end_waiting(task.id)
+            self.model.end(task.id, "cancelled" if not running else "success" if good else "failed")
 
-async def make_live(bench: Bench, workers: FakeWorkers, task_id: str) -> Live:
-    task = await bench.task(task_id)
-    spec, _ = await bench.journal.read(lambda c: store.spec_of(c, task.seq))
-    workers.live[task_id] = Live(task, read_task(spec))
-    return workers.live[task_id]
+    async def cancel(self) -> None:
+        if task := self.pick("blocked", "held"):
+            await self.end_waiting(task.id)
+            self.model.end(task.id, "cancelled")
 
-
-async def claimed(bench: Bench) -> list[str]:
-    return [
-        row[0]
-        for row in await bench.rows(
-            "SELECT t.id FROM intents i JOIN tasks t ON t.seq = i.task_seq ORDER BY 1"
+    async def end_waiting(self, name: str) -> None:
+        row = await self.bench.task(name)
+        await self.bench.do(
+            lambda tx: finish_waiting(tx, self.bench.box, row, Event.CANCELLED, Result.CANCELLED, "cancelled")
         )
-    ]
+
+    async def hold(self) -> None:
+        if task := self.pick("blocked"):
+            await self.bench.do(lambda tx: operations.hold(tx, task.id))
+            self.model.hold(task.id)
+
+    async def release(self) -> None:
+        if task := self.pick("held"):
+            await self.bench.do(lambda tx: operations.release(tx, self.bench.box, task.id))
+            self.model.release(task.id)
+
+    async def retry(self) -> None:
+        if not (task := self.pick("finished")):
+            return
+        expected = self.model.retry(task.id)
+        refused = None
+        try:
+            await self.bench.do(lambda tx: operations.retry(tx, self.bench.box, task.id))
+        except WriteConflict as error:
+            refused = "circle" if "would have to wait" in error.message else "refused"
+        assert refused == (expected if expected in {"refused", "circle"} else None)
+
+    async def compare(self, what: str) -> None:
+        rows = await self.bench.rows(
+            "SELECT id, state, result, reason FROM tasks WHERE id GLOB ?", f"h{self.n}-*"
+        )
+        seen = {row[0]: (_like_the_model(row[1]), row[2] or "") for row in rows}
+        expected = {task.id: (task.state, task.result) for task in self.model.tasks.values()}
+        assert seen == expected, what
+        assert all(row[3] in {"dependency", "write_conflict"} for row in rows if row[1] == "blocked")
+        lines = await self.bench.rows("SELECT DISTINCT t.id, i.place FROM intents i JOIN tasks t ON t.seq = i.task_seq WHERE t.id GLOB ? ORDER BY 2", f"h{self.n}-*")  # fmt: skip
+        model = sorted(
+            (task for task in self.model.tasks.values() if task.place), key=lambda each: each.place
+        )
+        assert [row[0] for row in lines] == [task.id for task in model]
+
+    async def run_out(self) -> None:
+        """All must come to their end."""
+        while task := self.pick("held"):
+            await self.bench.do(lambda tx, name=task.id: operations.release(tx, self.bench.box, name))
+            self.model.release(task.id)
+        while any(task.live for task in self.model.tasks.values()):
+            await self.end()
+            await self.compare("the end")
 
 
-async def test_a_claim_in_backoff_lapses_exactly_at_its_ttl(bench: Bench, watch: ClaimWatch) -> None:
-    await into_backoff(bench)
-    await second(bench)
-    due = await watch.turn()
-    assert due == bench.clock.now_us() + 10_000_000
-    bench.clock.advance(9.999)
-    await watch.turn()
-    assert await bench.states("b") == ["blocked"]
-    bench.clock.advance(0.001)
-    await watch.turn()
-    assert await bench.states("a", "b") == ["retryable", "running"]
-    assert await claimed(bench) == ["b"]
-    assert "claim_released" in await bench.events("a")
+def _like_the_model(state: str) -> str:
+    return state if state in {"blocked", "held", "finished"} else "active"
 
 
-async def test_a_claim_that_waits_for_its_first_start_never_lapses(bench: Bench, watch: ClaimWatch) -> None:
-    await bench.add(id="a", writes_to=["/p"], intent_ttl="10s")
-    await second(bench, intent_ttl="10s")
-    bench.clock.advance(1000)
-    await watch.turn()
-    assert await claimed(bench) == ["a", "b"]
+async def test_random_histories_go_as_in_the_model(bench: Bench) -> None:
+    seed = int(os.environ.get("AGENTQD_SEED", "0")) or random.SystemRandom().randrange(1, 2**32)
+    print(f"\nAGENTQD_SEED={seed}")
+    await bench.connect()
+    for n in range(HISTORIES):
+        history = History(bench, n, random.Random(f"{seed}-{n}"))
+        for _ in range(20):
+            await history.step()
+        await history.run_out()
+    assert await bench.rows("SELECT count(*) FROM intents") == [(0,)]
+    assert await bench.rows("SELECT count(*) FROM claim_waits") == [(0,)]
 
 
-async def test_the_ttl_of_the_config_counts_as_it_is_now(bench: Bench, watch: ClaimWatch) -> None:
-    await into_backoff(bench, intent_ttl=None)
-    bench.clock.advance(50)
-    await watch.turn()
-    assert await claimed(bench) == ["a"]
-    bench.box.apply(Settings(defaults=Defaults(intent_ttl=Duration(20))))
-    await watch.turn()
-    assert await claimed(bench) == []
+ENDS: Final[dict[str, dict[str, Any]]] = {
+    "success": {},
+    "failed": {"exit_code": 1},
+    "timeout": {"exit_code": None, "signal": 9, "intent": "run_timeout"},
+    "cancelled": {"exit_code": None, "signal": 15, "intent": "cancelled"},
+    "lost": {"lost": "supervisor_gone"},
+    "spawn_failed": {"exit_code": None, "pid": None, "error": "no such file"},
+    "no_work": {"stdout_bytes": 0},
+}
+
+
+@pytest.fixture
+async def watched(bench: Bench) -> Bench:
+    """No commit ever leaves a claim, or a wait, of a task that has finished."""
+
+    def look(tx: Transaction) -> None:
+        sql = "SELECT t.id FROM {} c JOIN tasks t ON t.seq = c.task_seq WHERE t.state = 'finished'"
+        for table in ("intents", "claim_waits"):
+            assert tx.execute(sql.format(table)).fetchall() == [], table
+
+    bench.hooks.append(look)
+    await bench.connect()
+    return bench
+
+
+@pytest.mark.parametrize("result", ENDS)
+async def test_an_attempts_end_releases_in_its_own_transaction_and_frees_who_waits(
+    watched: Bench, result: str
+) -> None:
+    first = await watched.add(writes_to=["/w"])
+    second = await watched.add(writes_to=["/w/a"], on_conflict="queue")
+    assert await watched.states(first, second) == ["running", "blocked"]
+    finished = await watched.end(first, **ENDS[result])
+    assert finished is not None
+    assert finished.task.result == result
+    assert await watched.states(first, second) == ["finished", "running"]
 
 
 @pytest.mark.parametrize(
-    ("policy", "state"), [("queue", "blocked"), ("refuse", "finished"), ("warn", "running")]
+    ("event", "result"),
+    [
+        (Event.CANCELLED, Result.CANCELLED),
+        (Event.EXPIRED, Result.EXPIRED),
+        (Event.REFUSED, Result.REFUSED),
+        (Event.FINISHED, Result.TIMEOUT),
+    ],
 )
-async def test_a_task_whose_claim_has_lapsed_claims_again_under_its_policy_before_it_starts(
-    bench: Bench, watch: ClaimWatch, policy: str, state: str
+@pytest.mark.parametrize("waits_how", ["blocked", "held", "scheduled", "queued", "retryable"])
+async def test_an_end_while_waiting_releases_in_its_own_transaction(
+    watched: Bench, event: Event, result: Result, waits_how: str
 ) -> None:
-    waker = Waker(bench.box)
-    await into_backoff(bench, on_conflict=policy)
-    bench.clock.advance(10)
-    await watch.turn()
-    await second(bench)
-    assert await bench.states("b") == ["running"]
-    bench.clock.advance(90)
-    await waker._turn()
-    assert await bench.states("a") == [state]
-    if policy == "refuse":
-        (data,) = await bench.results("a")
-        assert (data["status"], data["reason"], "b" in data["detail"]) == ("refused", "write_conflict", True)
-    elif policy == "warn":
-        assert len(await bench.alerts("write_conflict")) == 1
-    else:
-        await bench.end("b")
-        assert await bench.states("a") == ["running"]
-    assert len(await bench.rows("SELECT 1 FROM conflicts WHERE task_id = 'a' AND other_id = 'b'")) == 1
+    more: dict[str, Any] = {}
+    if waits_how == "blocked":
+        await watched.add(id="before", writes_to=["/w/b"])
+        more = {"on_conflict": "queue"}
+    elif waits_how == "scheduled":
+        more = {"not_before": "2099-01-01T00:00:00Z"}
+    elif waits_how in {"queued", "held"}:
+        more = {"queue": "parked"}
+    elif waits_how == "retryable":
+        more = {"max_attempts": 2, "backoff": "1h"}
+    first = await watched.add(writes_to=["/w"], **more)
+    if waits_how == "held":
+        await watched.do(lambda tx: operations.hold(tx, first))
+    if waits_how == "retryable":
+        await watched.end(first, 1)
+    second = await watched.add(writes_to=["/w/a"], on_conflict="queue")
+    assert await watched.states(first, second) == [waits_how, "blocked"]
+    row = await watched.task(first)
+    await watched.do(lambda tx: finish_waiting(tx, watched.box, row, event, result, "because"))
+    assert await watched.states(first, second) == ["finished", "running"]
 
 
-async def test_one_that_claims_again_waits_for_the_holder_and_goes_before_those_that_wait(
-    bench: Bench, watch: ClaimWatch
+async def test_a_dependency_that_fails_releases_what_came_after_it(watched: Bench) -> None:
+    first = await watched.add()
+    second = await watched.add(after=first, writes_to=["/w"])
+    third = await watched.add(writes_to=["/w"], on_conflict="queue")
+    await watched.end(first, 1)
+    assert await watched.states(second, third) == ["finished", "running"]
+
+
+async def test_a_lost_task_that_is_run_again_keeps_its_claim_meanwhile(watched: Bench) -> None:
+    first = await watched.add(writes_to=["/w"], on_lost="requeue", backoff="1h")
+    await watched.end(first, lost="supervisor_gone")
+    assert await watched.states(first) == ["retryable"]
+    (refused,) = await watched.admit({"writes_to": ["/w"]}, door=SOCKET)
+    assert isinstance(refused, WriteConflict)
+
+
+@pytest.mark.parametrize(
+    ("task", "queue", "default", "deployment", "holds"),
+    [
+        ("warn", "queue", "queue", "queue", "warn"),
+        (None, "warn", "queue", "queue", "warn"),
+        (None, None, "warn", "queue", "warn"),
+        (None, None, None, "warn", "warn"),
+        (None, None, None, "queue", "queue"),
+        (None, None, None, None, "refuse"),
+        ("queue", "refuse", "refuse", "refuse", "queue"),
+        ("refuse", "warn", "warn", "warn", "refuse"),
+    ],
+)
+async def test_the_nearest_word_on_the_policy_holds(
+    bench: Bench, task: Any, queue: Any, default: Any, deployment: Any, holds: str
 ) -> None:
-    waker = Waker(bench.box)
-    await into_backoff(bench)
-    bench.clock.advance(10)
-    await watch.turn()
-    await second(bench)
-    bench.clock.advance(90)
-    await waker._turn()
-    await second(bench, id="c")
-    assert await bench.states("a", "b", "c") == ["blocked", "running", "blocked"]
-    await bench.end("b")
-    assert await bench.states("a", "c") == ["running", "blocked"]
-    await bench.end("a")
-    assert await bench.states("c") == ["running"]
+    bench.box.apply(
+        Settings(
+            queues={"q": Queue(on_conflict=queue)},
+            defaults=Defaults(on_conflict=default),
+            writes=Writes() if deployment is None else Writes(on_conflict=deployment),
+        )
+    )
+    await bench.add(id="holder", writes_to=["/w"], on_conflict="refuse")
+    fields = {"id": "new", "queue": "q", "writes_to": ["/w"]}
+    await bench.admit(fields if task is None else {**fields, "on_conflict": task})
+    assert await bench.states("new") == [{"warn": "queued", "queue": "blocked", "refuse": "finished"}[holds]]
 
 
-async def test_a_held_task_whose_claim_has_lapsed_claims_again_when_it_is_released(
-    bench: Bench, watch: ClaimWatch
-) -> None:
-    await into_backoff(bench)
-    await bench.do(lambda tx: hold(tx, "a"))
-    bench.clock.advance(10)
-    await watch.turn()
-    await second(bench)
-    moved = await bench.do(lambda tx: release(tx, bench.box, "a"))
-    assert (moved.state.value, moved.reason) == ("blocked", "write_conflict")
-    await bench.end("b")
-    assert await bench.states("a") == ["running"]
-
-
-async def test_a_task_that_is_ready_lets_others_go_first_only_if_there_are_any(
-    bench: Bench, watch: ClaimWatch
-) -> None:
-    waker = Waker(bench.box)
-    await into_backoff(bench)
-    bench.scheduler.target = None
-    bench.clock.advance(100)
-    await waker._turn()
-    bench.clock.advance(10)
-    await watch.turn()
-    assert (await bench.states("a"), await claimed(bench)) == (["queued"], ["a"])
-    assert "claim_released" not in await bench.events("a")
-    await second(bench)
-    await watch.turn()
-    assert await bench.states("a", "b") == ["blocked", "queued"]
+async def test_an_edit_of_the_policy_meets_newcomers_and_reruns_not_those_who_wait(bench: Bench) -> None:
     await bench.connect()
-    await bench.end("b")
-    assert await bench.states("a") == ["running"]
+    bench.box.apply(Settings(writes=Writes(on_conflict="queue")))
+    await bench.add(id="holder", writes_to=["/w"])
+    await bench.add(id="waits", writes_to=["/w"])
+    bench.box.apply(Settings(writes=Writes(on_conflict="refuse")))
+    await bench.add(id="new", writes_to=["/w"])
+    assert await bench.states("waits", "new") == ["blocked", "finished"]
+    await bench.end("holder")
+    assert await bench.states("waits") == ["running"]
+    with pytest.raises(WriteConflict, match="waits"):
+        await bench.do(lambda tx: operations.retry(tx, bench.box, "holder"))
+    assert await bench.states("holder") == ["finished"]
 
 
-async def test_what_has_changed_since_the_look_is_left_alone(bench: Bench) -> None:
-    await into_backoff(bench)
-    was = await bench.task("a")
-    bench.clock.advance(100)
+async def test_a_retry_meets_its_policy_like_a_newcomer(bench: Bench) -> None:
+    await bench.connect()
+    for policy in ("refuse", "queue", "warn"):
+        await bench.add(id=policy, writes_to=["/w"], on_conflict=policy)
+        await bench.end(policy, 1)
+    await bench.add(id="other", writes_to=["/w/x"])
+    bench.clock.advance(1)
+    with pytest.raises(WriteConflict) as refused:
+        await bench.do(lambda tx: operations.retry(tx, bench.box, "refuse"))
+    assert refused.value.fields["conflicts"] == [{"task_id": "other", "task": "demo", "path": "/w/x"}]
+    for policy in ("queue", "warn"):
+        await bench.do(lambda tx, policy=policy: operations.retry(tx, bench.box, policy))
+    assert await bench.states("refuse", "queue", "warn") == ["finished", "blocked", "running"]
+    assert [each["conflicts"][0]["task_id"] for each in await bench.alerts("write_conflict")] == ["other"]
+    await bench.end("other")
+    assert await bench.states("queue") == ["running"]  # the warned one came later
+
+
+async def test_the_id_of_a_refused_task_taken_again_stands_at_the_end_of_the_line(bench: Bench) -> None:
+    await bench.connect()
+    await bench.add(id="holder", writes_to=["/w"])
+    await bench.add(id="early", writes_to=["/w"])
+    await bench.add(id="second", writes_to=["/w"], on_conflict="queue")
+    await bench.end("holder")
+    assert await bench.states("early", "second") == ["finished", "running"]
+    await bench.admit({"id": "early", "writes_to": ["/w"], "on_conflict": "queue"})
+    assert await bench.states("early", "second") == ["blocked", "running"]
+
+
+async def test_a_circle_through_a_refused_id_taken_again_is_refused(bench: Bench) -> None:
+    await bench.add(id="holder", writes_to=["/w"])
+    await bench.add(id="early", writes_to=["/w"])
+    await bench.add(id="next", after="early", after_policy="any", queue="parked")
+    await bench.do(lambda tx: operations.hold(tx, "next"))
+    (outcome,) = await bench.admit({"id": "early", "after": "next", "prompt": "false"})
+    assert isinstance(outcome, InvalidTask)
+    assert outcome.code == "waits_for_itself"
+    assert (await bench.task("early")).run == 1
+
+
+async def test_a_wait_names_whom_it_is_for_and_a_crowd_is_told_in_part(bench: Bench) -> None:
+    for n in range(30):
+        await bench.add(id=f"n{n}", writes_to=[f"/w/{n}"])
+    (outcome,) = await bench.admit({"id": "wide", "writes_to": ["/w"], "on_conflict": "queue"})
+    assert isinstance(outcome, Accepted)
+    task = await bench.task("wide")
+    assert (task.reason, task.detail) == ("write_conflict", "waits for n29 (demo), which writes /w/29")
+    assert await bench.rows("SELECT count(*) FROM conflicts") == [(CONFLICTS_TOLD_MAX,)]
+
+
+async def test_what_waits_in_a_journal_of_an_older_version_is_noted_when_it_is_looked_at(
+    bench: Bench,
+) -> None:
+    await bench.connect()
+    await bench.add(id="holder", writes_to=["/w"])
+    await bench.add(id="second", writes_to=["/w"], on_conflict="queue")
+    await bench.do(lambda tx: tx.execute("DELETE FROM claim_waits"))
+    await bench.do(lambda tx: tx.execute("UPDATE tasks SET wake_at = 0 WHERE id = 'second'"))
     await Waker(bench.box)._turn()
-    assert await bench.states("a") == ["running"]
-    assert await bench.do(lambda tx: release_lapsed(tx, bench.box, Lapse(was, 10.0, 0))) is False
-    assert await claimed(bench) == ["a"]
+    assert (await bench.task("second")).wake_at is None
+    await bench.end("holder")
+    assert await bench.states("second") == ["running"]
 
 
-async def test_a_live_silent_worker_is_told_once_for_each_silence_and_keeps_its_claim(
-    bench: Bench, watch: ClaimWatch, workers: FakeWorkers
-) -> None:
-    await first(bench)
-    await second(bench)
-    await make_live(bench, workers, "a")
-    for _ in range(3):
-        bench.clock.advance(10)
-        await watch.turn()
-    (told,) = await bench.alerts("claim_expired")
-    assert (told["task_id"], told["paths"], told["waiting"]) == ("a", ["/p"], ["b"])
-    assert await claimed(bench) == ["a", "b"]
+# What a look costs, counted in steps of SQLite's machine.
 
 
-async def test_an_end_that_is_being_judged_is_no_lapse(
-    bench: Bench, watch: ClaimWatch, workers: FakeWorkers
-) -> None:
-    await first(bench)
-    (await make_live(bench, workers, "a")).ended = True
-    bench.clock.advance(100)
-    due = await watch.turn()
-    assert due <= bench.clock.now_us() + 1_000_000
-    assert (await bench.alerts("claim_expired"), await claimed(bench)) == ([], ["a"])
+async def steps_of(bench: Bench, unit: Callable[[Transaction], Any]) -> int:
+    """In units of ten instructions."""
+
+    def counted(tx: Transaction) -> int:
+        count = 0
+
+        def step() -> int:
+            nonlocal count
+            count += 1
+            return 0
+
+        tx.connection.set_progress_handler(step, 10)
+        try:
+            unit(tx)
+        finally:
+            tx.connection.set_progress_handler(None, 0)
+        return count
+
+    return await bench.do(counted)
 
 
-@pytest.mark.parametrize("lives", ["marked", "session", ""])
-async def test_without_a_supervisor_proc_says_whether_a_process_lives(
-    bench: Bench, watch: ClaimWatch, workers: FakeWorkers, lives: str
-) -> None:
-    await first(bench, max_attempts=2)
-    await second(bench)
-    workers.is_connected = False
-    os.makedirs(bench.folders.attempt("a", 1))
-    bench.clock.advance(AWAY_S + 10)
-    await watch.turn()
-    assert await claimed(bench) == ["a", "b"], "an attempt that was never begun may still be begun"
-    with open(f"{bench.folders.attempt('a', 1)}/started", "w"):
-        pass
-    bench.clock._now_us = os.stat(f"{bench.folders.attempt('a', 1)}/started").st_ctime_ns // 1000 + 20_000_000
-    mark = {MARK_STATE: bench.box.state_id, MARK_TASK: "a", MARK_ATTEMPT: "1"}
-    command = [
-        "sh",
-        "-c",
-        "env -i sleep 300 & [ $0 = session ] || wait",
-        lives,
-    ]  # the child has lost its marker
-    worker = subprocess.Popen(command, env={**os.environ, **mark} if lives else None, start_new_session=True)
-    started = read_process(worker.pid)
-    assert started is not None
-    start = started.start if lives else started.start - 1  # without a process the number is another's by now
-    await bench.do(lambda tx: tx.execute("UPDATE attempts SET pid = ?, pid_start = ?", (worker.pid, start)))
-    try:
-        if lives == "session":
-            worker.wait()
-        await watch.turn()
-    finally:
-        os.killpg(worker.pid, signal.SIGKILL)
-        worker.wait()
-    assert await bench.states("a") == ["running"]
-    assert await claimed(bench) == (["a", "b"] if lives else ["b"])
-    assert len(await bench.alerts("claim_expired")) == int(bool(lives))
-    await bench.until(lambda: not has_process(bench.box.state_id, "a", 1, (worker.pid, start)))
+async def many(bench: Bench, count: int, path: str, policy: str = "refuse") -> None:
+    for start in range(0, count, 1000):
+        tasks = [{"queue": "parked", "writes_to": [path.format(n)], "on_conflict": policy} for n in range(start, start + min(1000, count))]  # fmt: skip
+        await bench.admit(*tasks)
 
 
-def test_a_sign_of_life_in_the_future_is_one_of_now(tmp_path: Any) -> None:
-    (tmp_path / "heartbeat").touch()
-    seen = (tmp_path / "heartbeat").stat().st_ctime_ns // 1000
-    os.utime(tmp_path / "heartbeat", (0, 0))
-    assert last_sign_us(str(tmp_path), 0, seen + 10**9) >= seen, "a set mtime says nothing"
-    assert last_sign_us(str(tmp_path), 0, 5) == 5
-    assert last_sign_us(str(tmp_path / "none"), 3, 5) == 3
+def a_look(tx: Transaction) -> None:
+    assert intents.conflicts_of(tx, ["/w/new", "/w/new/x/*.md"]) == []
 
 
-# Claims from outside.
+async def test_a_look_among_ten_thousand_claims_costs_what_it_costs_among_few(bench: Bench) -> None:
+    await many(bench, 10, "/w/few{}")
+    few = await steps_of(bench, a_look)
+    await many(bench, 10_000, "/w/d{0}/f{0}")
+    assert await steps_of(bench, a_look) <= 2 * few
 
 
-def me() -> Holder:
-    process = read_process(os.getpid())
-    assert process is not None
-    return Holder(os.getuid(), "me", process.pid, process.start, boot_id())
-
-
-async def outside(
-    bench: Bench, claim_id: str, policy: Any = "queue", path: str = "/p", holder: Holder | None = None
-) -> Answer:
-    wish = Wish(claim_id, "editor", holder or me(), policy, [(path, path)])
-    got = await bench.do(lambda tx: ask(tx, bench.box, wish))
-    assert isinstance(got, Answer), got
-    return got
-
-
-async def held(bench: Bench) -> dict[str, bool]:
-    return {claim.id: claim.held for claim in await bench.journal.read(outsideclaims.all_claims)}
-
-
-async def test_tasks_and_outside_claims_take_their_turns_by_age(bench: Bench) -> None:
+async def test_an_end_looks_only_at_who_may_be_freed(bench: Bench) -> None:
+    """Two wait, then two thousand: the end of the first costs the same, and frees the next in line alone."""
     await bench.connect()
-    await bench.add(id="a", writes_to=["/p"])
-    assert not (await outside(bench, "claim-1")).claim.held
-    await second(bench)
-    await outside(bench, "claim-2")
-    await second(bench, id="c", writes_to=["/p/below"])
-    order = []
-    await bench.end("a")
-    for _ in range(4):
-        for claim_id in [each for each, is_held in (await held(bench)).items() if is_held]:
-            order.append(claim_id)
-            await bench.do(lambda tx, c=claim_id: let_go(tx, bench.box, c, "ended"))
-        for task_id in ("b", "c"):
-            if await bench.states(task_id) == ["running"] and task_id not in order:
-                order.append(task_id)
-                await bench.end(task_id)
-    assert order == ["claim-1", "b", "claim-2", "c"]
 
+    async def cost(path: str, waiting: int) -> int:
+        first = await bench.add(writes_to=[path])
+        await many(bench, waiting, path, "queue")
+        row = await bench.task(first)
 
-async def test_an_outside_claim_refuses_a_line_and_a_submit_and_names_itself(bench: Bench) -> None:
-    await outside(bench, "claim-1")
-    (by_socket,) = await bench.admit({"id": "t", "writes_to": ["/p/x"]}, door=SOCKET)
-    assert isinstance(by_socket, WriteConflict)
-    assert by_socket.fields["conflicts"] == [{"task_id": "claim-1", "task": "editor", "path": "/p"}]
-    await bench.add(id="line", writes_to=["/p/x"])
-    (data,) = await bench.results("line")
-    assert (data["status"], data["conflicts"][0]["task_id"]) == ("refused", "claim-1")
+        def unit(tx: Transaction) -> None:
+            for each in candidates_after(tx, row):
+                before = what_blocks(tx, each, request_of(tx, each))
+                assert before == (None, None)
+                freed.append(each.id)
 
+        freed: list[str] = []
+        took = await steps_of(bench, unit)
+        assert len(freed) == 1
+        return took
 
-async def test_a_refused_outside_claim_leaves_nothing_but_the_record(bench: Bench) -> None:
-    await bench.add(id="a", writes_to=["/p"])
-    wish = Wish("claim-1", "editor", me(), "refuse", [("/p", "/p")])
-    got = await bench.do(lambda tx: ask(tx, bench.box, wish))
-    assert isinstance(got, WriteConflict)
-    assert await held(bench) == {}
-    assert await bench.rows("SELECT policy, n FROM conflict_counts") == [("refuse", 1)]
-
-
-async def test_an_outside_claim_that_warns_is_held_and_told(bench: Bench) -> None:
-    await bench.add(id="a", writes_to=["/p"])
-    assert (await outside(bench, "claim-1", "warn")).claim.held
-    (told,) = await bench.alerts("write_conflict")
-    assert (told["claim"], told["conflicts"][0]["task_id"]) == ("claim-1", "a")
-
-
-async def test_a_second_asking_by_the_same_process_is_the_same_claim(bench: Bench) -> None:
-    one = await outside(bench, "claim-1")
-    assert (await outside(bench, "claim-1")).claim == one.claim
-    with pytest.raises(IllegalTransition):
-        await outside(bench, "claim-1", holder=Holder(0, "x", 1, 1, "boot"))
-
-
-async def test_outside_claims_are_limited_in_all_and_by_user(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("agentqd.loops.outside.OUTSIDE_CLAIMS_PER_USER_MAX", 1)
-    monkeypatch.setattr("agentqd.loops.outside.OUTSIDE_CLAIMS_MAX", 2)
-    await outside(bench, "claim-1")
-    with pytest.raises(RefusedForNow):
-        await outside(bench, "claim-2", path="/q")
-    other = Holder(os.getuid() + 1, "other", me().pid, me().pid_start, me().boot_id)
-    await outside(bench, "claim-2", path="/q", holder=other)
-    with pytest.raises(RefusedForNow):
-        await outside(bench, "claim-3", path="/r", holder=Holder(99, "third", 1, 1, "boot"))
-
-
-@pytest.fixture
-def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    made = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
-    yield made
-    made.kill()
-    made.wait()
-
-
-async def test_the_claims_of_ended_reused_and_rebooted_processes_are_released(
-    bench: Bench, sleeper: subprocess.Popen[bytes]
-) -> None:
-    started = read_process(sleeper.pid)
-    assert started is not None
-    lives = Holder(0, "me", sleeper.pid, started.start, boot_id())
-    await outside(bench, "claim-lives", path="/a", holder=lives)
-    await outside(
-        bench, "claim-reused", path="/b", holder=Holder(0, "me", sleeper.pid, started.start - 1, boot_id())
-    )
-    await outside(
-        bench, "claim-rebooted", path="/c", holder=Holder(0, "me", sleeper.pid, started.start, "before")
-    )
-    await second(bench, writes_to=["/b", "/c"])
-    claims = OutsideClaims(bench.box)
-    await claims.turn()
-    assert await held(bench) == {"claim-lives": True}
-    assert await bench.states("b") == ["queued"]
-    sleeper.kill()  # not reaped: a zombie holds nothing
-    await bench.until(lambda: not claims._pidfds)
-    await claims.turn()
-    assert await held(bench) == {}
-
-
-async def test_a_thousand_turns_of_tasks_and_claims_end_without_a_deadlock(bench: Bench) -> None:
-    """Seeded: overlapping claims of both kinds, in any order of asking and ending; everyone gets its turn."""
-    import random
-
-    rng = random.Random(5)
-    await bench.connect()
-    done: set[str] = set()
-    for n in range(60):
-        path = f"/p/{rng.choice(['', 'a', 'b', 'a/x', 'b/*'])}".rstrip("/")
-        if rng.random() < 0.5:
-            await bench.add(
-                id=f"t{n}", writes_to=[path, "/q"] if rng.random() < 0.3 else [path], on_conflict="queue"
-            )
-        else:
-            await outside(bench, f"claim-{n}", path=path)
-        if rng.random() < 0.4:
-            await end_one(bench, rng, done)
-    for _ in range(200):
-        if not await end_one(bench, rng, done):
-            break
-    assert len(done) == 60
-    assert await claimed(bench) == []
-
-
-async def end_one(bench: Bench, rng: Any, done: set[str]) -> bool:
-    running = [row[0] for row in await bench.rows("SELECT id FROM tasks WHERE state = 'running'")]
-    mine = [claim_id for claim_id, is_held in (await held(bench)).items() if is_held]
-    if not running and not mine:
-        return False
-    chosen = rng.choice([*running, *mine])
-    if chosen in mine:
-        await bench.do(lambda tx: let_go(tx, bench.box, chosen, "ended"))
-    else:
-        await bench.end(chosen)
-    done.add(chosen)
-    return True
-
-
-async def test_conflicts_are_kept_for_a_time_and_in_a_number_and_their_count_for_ever(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("agentqd.loops.retention.CONFLICTS_KEPT_MAX", 3)
-    sql = "INSERT INTO conflicts (at, name, path, other_id, other_path, policy) VALUES (?, 'n', '/p', 'o', '/p', 'refuse')"
-    now = bench.clock.now_us()
-    await bench.do(lambda tx: tx.executemany(sql, [(now - 10**15,), *([(now,)] * 5)]))
-    await bench.do(Retention(bench.box)._remove_conflicts)
-    assert await bench.rows("SELECT count(*) FROM conflicts") == [(3,)]
-    assert await bench.rows("SELECT policy, n FROM conflict_counts") == [("refuse", 6)]
-    assert limits.CONFLICTS_KEPT_MAX > limits.CONFLICTS_TOLD_MAX
+    few = await cost("/few", 2)
+    assert await cost("/many", 2000) <= 2 * few

@@ -1,7 +1,7 @@
 -- Write claims of processes that are no task's: a person's editor, a cron job. A claim lives as long as its process does;
--- a process is (pid, start, boot id).
+-- a process is (pid, start, boot id). Their paths stand in `intents`, in the same line, under the negative seq.
 CREATE TABLE outside_claims (
-    seq       INTEGER PRIMARY KEY AUTOINCREMENT,  -- order among themselves; never reused
+    seq       INTEGER PRIMARY KEY AUTOINCREMENT,  -- never reused
     id        TEXT NOT NULL UNIQUE,               -- claim-...
     name      TEXT NOT NULL,
     uid       INTEGER NOT NULL,
@@ -10,18 +10,12 @@ CREATE TABLE outside_claims (
     pid_start INTEGER NOT NULL,
     boot_id   TEXT NOT NULL,
     policy    TEXT NOT NULL,
-    after_seq INTEGER NOT NULL,                   -- tasks up to this seq are older than the claim
     asked_at  INTEGER NOT NULL,
     held_at   INTEGER                             -- NULL: it waits for its places
 );
-CREATE TABLE outside_paths (
-    claim_seq INTEGER NOT NULL,
-    path      TEXT NOT NULL,                      -- resolved
-    given     TEXT NOT NULL,                      -- as written
-    PRIMARY KEY (claim_seq, path)
-) WITHOUT ROWID;
 
 -- Who waits for a place to write, and who has begun and is between attempts: looked for when a claim is released or lapses.
+-- (In `intents`, expires_at says since when a claim has lapsed; such a row keeps its place and has no head.)
 CREATE INDEX tasks_write_blocked ON tasks (seq) WHERE state = 'blocked' AND reason = 'write_conflict';
 CREATE INDEX tasks_between_attempts ON tasks (seq)
     WHERE run_attempts > 0 AND state IN ('scheduled', 'queued', 'held', 'retryable');
