@@ -279,6 +279,7 @@ def test_an_outside_claim_outlasts_the_daemon_but_not_its_command_nor_the_boot(
     box: RealBox, tmp_path: Path, outside: Outside
 ) -> None:
     goes_on = outside(box, tmp_path / "a", "--", "sleep", "300")
+    held(box)
     ends = outside(box, tmp_path / "b", "--", "sleep", "300")
     waits = outside(box, tmp_path / "a", "--on-conflict", "queue", "--", "true")
     outside(box, tmp_path / "c", "--", "sleep", "300")
@@ -289,7 +290,7 @@ def test_an_outside_claim_outlasts_the_daemon_but_not_its_command_nor_the_boot(
     ends.wait(30)
     with closing(sqlite3.connect(box.state / "journal.db")) as journal:
         journal.execute(
-            "UPDATE outside_claims SET boot_id = 'before' WHERE seq = (SELECT claim_seq FROM outside_paths WHERE path = ?)",
+            "UPDATE outside_claims SET boot_id = 'before' WHERE seq = (SELECT -task_seq FROM intents WHERE path = ?)",
             (f"{tmp_path}/c",),
         )
         journal.commit()
