@@ -48,7 +48,7 @@ def at_or_above(path: str) -> list[str]:
 
 
 def below(path: str) -> tuple[str, str]:
-    """What lies below a plain path sorts (by bytes) from the first of these to before the second."""
+    """What lies below a plain path sorts (by bytes) between these two."""
     stem = path.rstrip("/")
     return stem + "/", stem + "0"  # "0" follows "/"
 

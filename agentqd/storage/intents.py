@@ -22,7 +22,7 @@ from agentqd.core.limits import ANCESTORS_MAX
 from agentqd.storage.transaction import Transaction
 
 _AT: Final = "SELECT place, task_seq, path FROM intents WHERE head = ? AND place < ? ORDER BY place"
-_BELOW: Final = "SELECT place, task_seq, path FROM intents WHERE head >= ? AND head < ? AND place < ?"
+_BELOW: Final = "SELECT place, task_seq, path FROM intents WHERE head > ? AND head < ? AND place < ?"
 _NEWEST_AT: Final = f"{_AT} DESC"
 _NEWEST_BELOW: Final = f"{_BELOW} ORDER BY place DESC"
 _HOLDER: Final = "SELECT id, name FROM tasks WHERE seq = ?"

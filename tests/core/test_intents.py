@@ -157,7 +157,7 @@ def test_whatever_overlaps_is_found_by_the_heads(left: tuple[str, ...], right: t
     one, other = (_path(tuple(part for part in parts if part)) for parts in (left, right))
     if overlap(one, other):
         low, high = (each.encode() for each in below(head(one)))
-        assert head(other) in at_or_above(head(one)) or low <= head(other).encode() < high
+        assert head(other) in at_or_above(head(one)) or low < head(other).encode() < high
 
 
 def test_heads_by_hand() -> None:

@@ -81,7 +81,9 @@ async def make_live(bench: Bench, workers: FakeWorkers, task_id: str) -> Live:
 
 async def claimed(bench: Bench) -> list[str]:
     """The tasks whose claims count."""
-    sql = "SELECT t.id FROM intents i JOIN tasks t ON t.seq = i.task_seq WHERE i.expires_at IS NULL ORDER BY 1"
+    sql = (
+        "SELECT t.id FROM intents i JOIN tasks t ON t.seq = i.task_seq WHERE i.expires_at IS NULL ORDER BY 1"
+    )
     return [row[0] for row in await bench.rows(sql)]
 
 

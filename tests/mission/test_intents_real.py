@@ -87,6 +87,7 @@ class Submitting(threading.Thread):
                 break
 
 
+@pytest.mark.row(65, 66, 72, 76)
 def test_no_two_workers_ever_held_one_file_unasked_whatever_was_killed(
     make_box: MakeBox, tmp_path: Path
 ) -> None:
