@@ -12,11 +12,11 @@ from agentqd.core.verdict import CANCELLED
 from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.box import Box
 from agentqd.loops.claiming import claim_again
-from agentqd.loops.finishing import finish_waiting, settle
+from agentqd.loops.finishing import finish_waiting, look_again, settle
 from agentqd.loops.reclaiming import reclaim
 from agentqd.loops.supervision import Supervision
 from agentqd.loops.unblocking import request_of, what_blocks
-from agentqd.storage import outbox
+from agentqd.storage import intents, outbox
 from agentqd.storage import tasks as store
 from agentqd.storage.paths import resolve_intents
 from agentqd.storage.tasks import TaskRow
@@ -66,7 +66,11 @@ def release(tx: Transaction, box: Box, task_id: str) -> TaskRow:
     reason, detail = what_blocks(tx, moved, request)
     if reason is None:
         return moved
-    return settle(tx, box, store.move_task(tx, moved, Event.BLOCKED, reason=reason, detail=detail))
+    moved = settle(tx, box, store.move_task(tx, moved, Event.BLOCKED, reason=reason, detail=detail))
+    look_again(
+        tx, box, intents.take_waiters(tx, moved.seq)
+    )  # one whose claim had lapsed waits for none that is blocked
+    return store.get(tx, moved.seq)
 
 
 def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:

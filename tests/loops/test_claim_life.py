@@ -168,6 +168,31 @@ async def test_one_that_claims_again_waits_for_the_holder_and_goes_before_those_
     assert await bench.states("c") == ["running"]
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_two_that_could_wait_for_each_other_do_not(
+    bench: Bench, watch: ClaimWatch, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    """`b` was let past `a`, is held between attempts, and is released when `a`, whose place is before its own, waits for it."""
+    waker = Waker(bench.box)
+    await into_backoff(bench)
+    bench.clock.advance(10)
+    await watch.turn()
+    await second(bench, max_attempts=2, backoff=["200s"])
+    await bench.end("b", 1)
+    await bench.do(lambda tx: hold(tx, "b"))
+    bench.clock.advance(90)
+    await waker._turn()
+    assert await bench.states("a", "b") == ["blocked", "held"]
+    if not at_once:  # the slow look behind it
+        monkeypatch.setattr("agentqd.loops.operations.look_again", lambda tx, box, seqs: None)
+    await bench.do(lambda tx: release(tx, bench.box, "b"))
+    assert await bench.states("a", "b") == ["running" if at_once else "blocked", "blocked"]
+    await watch.turn()
+    assert await bench.states("a", "b") == ["running", "blocked"]
+    await bench.end("a")
+    assert await bench.states("b") == ["running"]
+
+
 async def test_a_held_task_whose_claim_has_lapsed_claims_again_when_it_is_released(
     bench: Bench, watch: ClaimWatch
 ) -> None:
