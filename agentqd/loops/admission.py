@@ -9,6 +9,7 @@ Promises:
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from typing import Final
 
 import msgspec
 
@@ -113,13 +114,9 @@ def admit_entangled(tx: Transaction, box: Box, item: Candidate, refused: TaskRow
     """
     request, new = item.request, item.new
     found = store.find_many(tx, request.after_list())
-    missing = [name for name in request.after_list() if name not in found]
-    if missing:
-        return InvalidTask(
-            f"after: there is no task {missing[0]}; it must be submitted before the tasks that come after it",
-            code="unknown_dependency",
-            field="after",
-        )
+    wrong = _wrong_dependency(tx, request.after_list(), found, refused)
+    if wrong is not None:
+        return wrong
     after = [row.seq for row in found.values()]
     met = meet(tx, item.writes, item.on_conflict, after, None if refused is None else refused.seq)
     if refused is not None and leads_back(tx, {*after, *met.ahead}, refused.seq):
@@ -143,6 +140,35 @@ def admit_entangled(tx: Transaction, box: Box, item: Candidate, refused: TaskRow
     if waits and task.reason in {DEPENDENCY, WRITE_CONFLICT}:
         task = settle(tx, box, task)
     return Accepted(new.id, seq, task.state)
+
+
+def _wrong_dependency(
+    tx: Transaction, names: list[str], found: dict[str, TaskRow], refused: TaskRow | None
+) -> InvalidTask | None:
+    """What names an unknown task, or would wait for itself. A new task is younger than all that it comes after, so only one
+    that takes over the id (and the row) of a refused task can close a circle."""
+    missing = [name for name in names if name not in found]
+    if missing:
+        return InvalidTask(
+            f"after: there is no task {missing[0]}; it must be submitted before the tasks that come after it",
+            code="unknown_dependency",
+            field="after",
+        )
+    if refused is not None:
+        for name, row in found.items():
+            if row.seq == refused.seq or tx.one(_COMES_AFTER, (row.seq, refused.seq)) is not None:
+                return InvalidTask(
+                    f"after: {name} comes after {refused.id} itself: neither could ever run",
+                    code="dependency_cycle",
+                    field="after",
+                )
+    return None
+
+
+_COMES_AFTER: Final = (
+    "WITH RECURSIVE before(seq) AS (SELECT on_seq FROM dependencies WHERE task_seq = ?"
+    " UNION SELECT d.on_seq FROM dependencies d JOIN before b ON d.task_seq = b.seq) SELECT 1 FROM before WHERE seq = ? LIMIT 1"
+)
 
 
 def _refuse_conflict(

@@ -11,13 +11,11 @@ import msgspec
 
 from agentqd.core.claims import Decision, decide, waits_behind
 from agentqd.core.errors import WriteConflict
-from agentqd.core.lifecycle import Event
 from agentqd.core.limits import CONFLICTS_TOLD_MAX, WAITS_FOLLOWED_MAX
 from agentqd.core.settings import Conflict
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
 from agentqd.storage import intents
-from agentqd.storage import tasks as store
 from agentqd.storage.tasks import TaskRow
 from agentqd.storage.transaction import Transaction
 
@@ -70,7 +68,7 @@ def warn(tx: Transaction, box: Box, task: TaskRow, met: Met) -> None:
     alert(tx, box, WRITE_CONFLICT, met.text(task.name), task=task, policy=met.policy, conflicts=met.told())
 
 
-def claim_again(tx: Transaction, box: Box, task: TaskRow, writes: Writes, policy: Conflict) -> TaskRow:
+def claim_again(tx: Transaction, box: Box, task: TaskRow, writes: Writes, policy: Conflict) -> None:
     """A finished task is run again: its claim is made anew, at the end of the line, under the policy of today.
 
     Raises WriteConflict: refused, or it would wait for a task that waits for it.
@@ -82,7 +80,7 @@ def claim_again(tx: Transaction, box: Box, task: TaskRow, writes: Writes, policy
             f"write conflict: {met.text(task.name)}; nothing was changed; try again later, or use on_conflict: queue",
             conflicts=met.told(),
         )
-    if leads_back(tx, met.ahead, task.seq):
+    if followed(tx, task.seq) and leads_back(tx, {*after, *met.ahead}, task.seq):
         raise WriteConflict(
             f"{task.name} would have to wait for a task that itself waits for {task.id}, directly or through others;"
             " nothing was changed; cancel what comes after it, or try again when that has ended",
@@ -93,11 +91,6 @@ def claim_again(tx: Transaction, box: Box, task: TaskRow, writes: Writes, policy
     intents.claim(tx, task.seq, writes, policy)
     if met.decision is Decision.WARN:
         warn(tx, box, task, met)
-    before = in_line(tx, task)
-    if before is None:
-        return task
-    intents.wait_for(tx, task.seq, before.task_seq)
-    return store.move_task(tx, task, Event.BLOCKED, reason=WRITE_CONFLICT, detail=waits_text(before))
 
 
 def in_line(tx: Transaction, task: TaskRow) -> intents.Conflict | None:

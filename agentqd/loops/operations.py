@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from agentqd.core.errors import IllegalTransition, NoSuchTask
 from agentqd.core.lifecycle import ACTIVE_STATES, Event, Result, State
@@ -76,6 +76,7 @@ def release(tx: Transaction, box: Box, task_id: str) -> TaskRow:
 def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
     """A new run of a finished task: its attempts start anew, its result gets a new id, delivered keys are not sent again.
 
+    Of the tasks that it comes after those that have ended have no say any more (a person's word); those that have not, have.
     It claims its places anew, under the policy of today. Raises NoSuchTask, IllegalTransition (not finished), WriteConflict.
     """
     task = must_find(tx, task_id)
@@ -95,10 +96,19 @@ def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
         detail=None,
         wake_at=next_wake_us([(at, what) for at, what in times if what != "expires"], tx.now_us),
     )
-    if not request.writes_to:
-        return moved
-    writes = resolve_intents(request.writes_to, resolved.workdir)
-    return claim_again(tx, box, moved, writes, resolved.on_conflict)
+    tx.execute(_FORGET_ENDED, (task.seq,))
+    writes = resolve_intents(request.writes_to or [], resolved.workdir)
+    claim_again(tx, box, moved, writes, resolved.on_conflict)
+    reason, detail = what_blocks(tx, moved, request)
+    if reason is not None:
+        return store.move_task(tx, moved, Event.BLOCKED, reason=reason, detail=detail)
+    return moved
+
+
+_FORGET_ENDED: Final = (
+    "DELETE FROM dependencies WHERE task_seq = ?1 AND on_seq IN (SELECT t.seq FROM dependencies d"
+    " JOIN tasks t ON t.seq = d.on_seq WHERE d.task_seq = ?1 AND t.state = 'finished')"
+)
 
 
 def change_rows(

@@ -5,7 +5,7 @@ The journal is compared with it (tests/loops/test_claims.py); its own promises a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from agentqd.core.claims import Decision, decide, waits_behind
 from agentqd.core.intents import overlap
@@ -22,7 +22,6 @@ class Task:
     state: str = "new"  # blocked, active, held, finished
     result: str = ""
     place: int = 0  # in the line; 0: holds no claim
-    again: bool = False  # a person's retry: what it came after counts no more
     warned: set[str] = field(default_factory=set)
 
     @property
@@ -40,7 +39,10 @@ class Registry:
     def submit(self, task: Task) -> str:
         """blocked, active or refused; `circle` if it is the id of a refused task that others wait for."""
         old = self.tasks.get(task.id)
-        if old is not None and self._leads_back({*task.after, *self._ahead(task, old)}, task.id):
+        if old is not None and (
+            old.id in self.ancestors(task)
+            or self._leads_back({*task.after, *self._ahead(task, old)}, task.id)
+        ):
             return "circle"
         strangers = self.strangers(task)
         decision = decide(task.policy, strangers=bool(strangers))
@@ -57,14 +59,16 @@ class Registry:
     def retry(self, name: str) -> str:
         """blocked, active, refused or circle: the last two change nothing."""
         task = self.tasks[name]
-        strangers = self.strangers(task)
-        if decide(task.policy, strangers=bool(strangers)) is Decision.REFUSE:
+        open_ = tuple(each for each in task.after if self.tasks[each].live)
+        again = replace(task, after=open_)
+        if decide(task.policy, strangers=bool(self.strangers(again))) is Decision.REFUSE:
             return "refused"
-        if self._leads_back(self._ahead(task, task), name):
+        if self._followed(task) and self._leads_back({*open_, *self._ahead(again, task)}, name):
             return "circle"
+        task.after, strangers = open_, self.strangers(again)
         self._claim(task)
         task.warned = {other.id for other in strangers}
-        task.state, task.result, task.again = "blocked", "", True
+        task.state, task.result = "blocked", ""
         self.settle()
         return task.state
 
@@ -98,7 +102,7 @@ class Registry:
 
     def why(self, task: Task) -> str | None:
         """Why it waits."""
-        before = [] if task.again else [self.tasks[name] for name in task.after]
+        before = [self.tasks[name] for name in task.after]
         failed = [each for each in before if each.state == "finished" and each.result != "success"]
         if task.after_policy == "success" and failed:
             return "dependency_failed"
@@ -148,7 +152,7 @@ class Registry:
 
     def _ahead(self, task: Task, old: Task) -> set[str]:
         """Whom it would wait for, where a circle is possible: somebody comes after it."""
-        if not any(each.live and old.id in each.after for each in self.tasks.values()):
+        if not self._followed(old):
             return set()
         related = self.ancestors(task)
         return {
@@ -156,6 +160,9 @@ class Registry:
             for each in self.overlapping(task)
             if waits_behind(task.policy, related=each.id in related)
         }
+
+    def _followed(self, task: Task) -> bool:
+        return any(each.live and task.id in each.after for each in self.tasks.values())
 
     def _leads_back(self, start: set[str], to: str) -> bool:
         ways, seen = list(start), set(start)

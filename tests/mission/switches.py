@@ -134,7 +134,7 @@ SWITCHES: tuple[Switch, ...] = (
     _switch(64, "intents::a_conflict_is_refused_before_a_spawn_and_names_task_and_path", "storage/intents.py", '"task": self.task, "path": self.other_path}', '"task": self.task}'),
     _switch(65, "intents::the_queue_policy_runs_them_one_by_one_in_order", *NO_ORDER),
     _switch(65, "intents::a_wide_claim_is_not_overtaken_by_narrow_ones_that_come_later", "storage/intents.py", "(*below(start), of.place)", "(*below(start), 0)", "storage/intents.py", "(folder, of.place)) for folder in at_or_above(start)", "(folder, of.place)) for folder in at_or_above(start)[:1]"),
-    _switch(65, "intents::a_retry_claims_anew_and_meets_its_policy", "loops/claiming.py", "    if before is None:\n        return task\n", "    return task\n"),
+    _switch(65, "intents::a_retry_claims_anew_and_meets_its_policy", "loops/operations.py", "    if reason is not None:\n", "    if False:\n"),
     _switch(65, "intents_real::no_two_workers_ever_held_one_file_unasked_whatever_was_killed", *NO_ORDER),
     _switch(66, "intents::the_warn_policy_admits_both_and_alerts_once", "loops/admission.py", "if met.decision is Decision.WARN:", "if False:"),
     _switch(67, "intents::the_policy_is_the_deployments_and_refuse_without_one", "core/settings.py", 'on_conflict: Conflict = "refuse"', 'on_conflict: Conflict = "warn"'),
