@@ -15,6 +15,8 @@ import pytest
 from conftest import MakeBox
 from realbox import RealBox, alive, wait_for
 
+from agentqd.loops.lifesigns import last_sign_us
+
 pytestmark = pytest.mark.real
 
 
@@ -81,10 +83,11 @@ def test_signs_of_life_put_the_ttl_off(box: RealBox, tmp_path: Path) -> None:
         )
     for name in signs:
         box.wait_state(name, "running")
-    began = min((box.attempt_folder(name) / "started").stat().st_ctime for name in signs)
-    for name in signs:
-        folder = box.attempt_folder(name)
-        wait_for("two TTLs", lambda f=folder: max(each.stat().st_ctime for each in f.iterdir()) - began > 2.4)
+    folders = [box.attempt_folder(name) for name in signs]
+    wait_for("all starts", lambda: all((folder / "started").exists() for folder in folders))
+    began_us = min((folder / "started").stat().st_ctime_ns for folder in folders) // 1000
+    for folder in folders:
+        wait_for("two TTLs", lambda f=folder: last_sign_us(str(f), 0, 2**62) - began_us > 2_400_000)
     assert lapses(box) == []
     assert all(claim["expires_at"] for claim in claims(box))
     (tmp_path / "quiet").touch()
