@@ -13,7 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import claims, intake, machine, remote, rest, spawn_latency, status, throughput, waiting
+from benchmarks import (
+    claims,
+    intake,
+    machine,
+    remote,
+    rest,
+    spawn_latency,
+    status,
+    throughput,
+    waiting,
+    webhook,
+)
 from benchmarks.measure import Row
 
 _OUTPUT = Path(__file__).with_name("last-run.json")
@@ -55,6 +66,9 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         "claims": lambda: claims.measure(_sub(folder, "claims"), 10_000, samples),
         "rest": lambda: rest.measure(folder, 5 if quick else 30),
         "status": lambda: status.measure(folder, samples),
+        "webhook": lambda: webhook.measure(
+            folder, 2_000 if quick else 20_000, 1 if quick else webhook.ROUNDS
+        ),
         "remote": lambda: remote.measure(
             folder,
             submits=20 if quick else 50,
@@ -136,7 +150,18 @@ def _parse() -> argparse.Namespace:
         "--only",
         action="append",
         metavar="PART",
-        choices=["latency", "throughput", "intake", "waiting", "claims", "rest", "status", "remote", "large"],
+        choices=[
+            "latency",
+            "throughput",
+            "intake",
+            "waiting",
+            "claims",
+            "rest",
+            "status",
+            "webhook",
+            "remote",
+            "large",
+        ],
     )
     parser.add_argument(
         "--dir", metavar="DIR", help="a folder on a real disk (default: the temporary one, /var/tmp, here)"
