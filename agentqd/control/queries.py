@@ -69,14 +69,25 @@ EVENTS: Final = "SELECT seq, at, task, event, data, hash FROM events WHERE seq >
 EVENTS_OF: Final = "SELECT seq, at, event, data FROM events WHERE task = ? ORDER BY seq DESC LIMIT ?"
 LAST_EVENT: Final = "SELECT seq, at FROM events ORDER BY seq DESC LIMIT 1"
 CLAIMS: Final = (
-    "SELECT i.path, i.given, i.policy, i.claimed_at, i.expires_at, t.id, t.name, t.state FROM intents i"
-    " JOIN tasks t ON t.seq = i.task_seq ORDER BY i.path LIMIT ?"
+    "SELECT i.task_seq, i.path, i.given, i.policy, i.claimed_at, t.id, t.name, t.state, t.reason FROM intents i"
+    " JOIN tasks t ON t.seq = i.task_seq WHERE i.expires_at IS NULL ORDER BY i.path LIMIT ?"
 )
 CONFLICTS: Final = (
     "SELECT c.path, c.task_id, c.name, c.other_id, t.name, c.policy, count(*), min(c.at), max(c.at)"
-    " FROM (SELECT * FROM conflicts ORDER BY seq DESC LIMIT ?) c LEFT JOIN tasks t ON t.id = c.other_id"
+    " FROM (SELECT * FROM conflicts ORDER BY seq DESC LIMIT ?) c LEFT JOIN tasks t ON t.id = c.other_id WHERE c.at >= ?"
     " GROUP BY c.path, coalesce(c.task_id, c.name), c.other_id, c.policy ORDER BY max(c.at) DESC"
 )
+CLAIM_COUNTS: Final = (
+    "SELECT (SELECT count(*) FROM (SELECT 1 FROM intents WHERE task_seq > 0 LIMIT ?)),"
+    " (SELECT count(*) FROM intents WHERE task_seq < 0),"
+    " (SELECT count(*) FROM (SELECT 1 FROM tasks INDEXED BY tasks_write_blocked"
+    "  WHERE seq > 0 AND state = 'blocked' AND reason = 'write_conflict' LIMIT ?)),"
+    " (SELECT count(*) FROM outside_claims WHERE held_at IS NULL),"
+    " (SELECT run_at FROM tasks INDEXED BY tasks_write_blocked"
+    "  WHERE seq > 0 AND state = 'blocked' AND reason = 'write_conflict' ORDER BY seq LIMIT 1),"
+    " (SELECT min(asked_at) FROM outside_claims WHERE held_at IS NULL)"
+)
+CONFLICT_COUNTS: Final = "SELECT policy, n FROM conflict_counts ORDER BY policy"
 SOURCES: Final = "SELECT name, dev, ino, offset, role FROM sources"
 
 

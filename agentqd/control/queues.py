@@ -1,18 +1,14 @@
-"""Pausing queues, draining the daemon, and who claims to write where."""
+"""Pausing queues, and draining the daemon."""
 
 from __future__ import annotations
 
-import sqlite3
-from typing import Any, Final
+from typing import Final
 
 from aiohttp import web
 
-from agentqd.control import queries
 from agentqd.control.room import Room
 from agentqd.control.route import Call, Handler, NoSuchQueue, Route, answer, is_text, known_fields
 from agentqd.core.errors import IllegalTransition, InvalidRequest
-from agentqd.core.limits import LIST_ROWS_MAX
-from agentqd.core.units import format_time
 from agentqd.storage.transaction import Transaction
 
 
@@ -69,46 +65,6 @@ async def drain(call: Call) -> web.StreamResponse:
     return answer({"draining": on})
 
 
-async def list_claims(call: Call) -> web.StreamResponse:
-    rows = await call.room.box.journal.read(lambda c: c.execute(queries.CLAIMS, (LIST_ROWS_MAX,)).fetchall())
-    claims = [
-        {
-            "path": path,
-            "given": given,
-            "policy": policy,
-            "since": format_time(since),
-            "expires_at": format_time(expires),
-            "task_id": task_id,
-            "task": name,
-            "state": state,
-        }
-        for path, given, policy, since, expires, task_id, name, state in rows
-    ]
-    return answer({"claims": claims})
-
-
-async def list_conflicts(call: Call) -> web.StreamResponse:
-    def query(connection: sqlite3.Connection) -> list[dict[str, Any]]:
-        return [
-            {
-                "path": path,
-                "task_id": task_id,
-                "task": name,
-                "other_id": other_id,
-                "other_task": other_name,
-                "policy": policy,
-                "count": count,
-                "first_at": format_time(first),
-                "last_at": format_time(last),
-            }
-            for path, task_id, name, other_id, other_name, policy, count, first, last in connection.execute(
-                queries.CONFLICTS, (LIST_ROWS_MAX,)
-            )
-        ]
-
-    return answer({"conflicts": await call.room.box.journal.read(query)})
-
-
 _MISSING: Final = {404: "no_such_queue"}
 ROUTES: Final = (
     Route(
@@ -134,6 +90,4 @@ ROUTES: Final = (
         drain,
         body={"type": "object", "required": ["on"], "properties": {"on": {"type": "boolean"}}},
     ),
-    Route("GET", "/v1/writes", "Write claims held now.", list_claims),
-    Route("GET", "/v1/writes/conflicts", "Write conflicts seen, by pair, with counts.", list_conflicts),
 )

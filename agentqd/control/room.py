@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # only named here: what they stand on is loaded by the daemon
     from agentqd.control.route import Route
     from agentqd.loops.delivery import DeliveryLoop
     from agentqd.loops.intake import Intake
+    from agentqd.loops.outside import OutsideClaims
     from agentqd.loops.reload import Reload
     from agentqd.loops.supervision import Supervision
 
@@ -31,6 +32,7 @@ class Parts:
     started_monotonic_s: float
     version: str
     set_draining: Callable[[bool], None]
+    outside: OutsideClaims
 
 
 class TaskWatch:

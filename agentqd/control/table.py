@@ -23,6 +23,7 @@ from agentqd.control import (
     tasklist,
     tasks,
     waiting,
+    writes,
 )
 from agentqd.control.route import Route
 
@@ -39,6 +40,7 @@ ROUTES: Final[tuple[Route, ...]] = (
     *sinks.ROUTES,
     *completions.ROUTES,
     *queues.ROUTES,
+    *writes.ROUTES,
     *audit.ROUTES,
     *config.ROUTES,
     *doctor.ROUTES,

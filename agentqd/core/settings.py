@@ -91,6 +91,7 @@ class Runner(Strict, frozen=True):
         None  # result format: text, claude-json, claude-stream-json, codex-jsonl, gemini-json, ...
     )
     allow_deliver_to: list[str] | None = None  # as a queue's; both must allow
+    check_writes: bool = False  # name what changed below the workdir and was not declared
     defaults: Defaults = Defaults()
 
 

@@ -24,9 +24,11 @@ from agentqd.core.settings import Settings
 from agentqd.daemon.folders import group_id, make_ready
 from agentqd.daemon.logs import make_log
 from agentqd.loops.box import Box, Log
+from agentqd.loops.claimwatch import ClaimWatch
 from agentqd.loops.delivery import DeliveryLoop
 from agentqd.loops.intake import Intake
 from agentqd.loops.liveness import Liveness
+from agentqd.loops.outside import OutsideClaims
 from agentqd.loops.reconcile import reconciler
 from agentqd.loops.reload import Reload
 from agentqd.loops.retention import Retention
@@ -176,6 +178,8 @@ async def _run_loops(
     waker = Waker(box)
     reload = Reload(box, watchers[2], daemon.options.config, daemon.options.config_needed, daemon.sha256)
     liveness = Liveness(box, supervision)
+    claims = ClaimWatch(box, supervision)
+    outside = OutsideClaims(box)
     await supervision.scheduler.load()
 
     def before_commit(tx: Transaction) -> None:
@@ -204,6 +208,7 @@ async def _run_loops(
         started_monotonic_s=daemon.started_s,
         version=__version__,
         set_draining=set_draining,
+        outside=outside,
     )
     control = ControlServer(box, parts)
     await control.start()
@@ -219,6 +224,8 @@ async def _run_loops(
                 "watcher": supervision.watcher(),
                 "delivery": delivery.run(),
                 "waking": waker.run(),
+                "claims": claims.run(),
+                "outside_claims": outside.run(),
                 "reload": reload.run(),
                 "liveness": liveness.run(),
                 "retention": Retention(box).run(),

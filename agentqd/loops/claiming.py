@@ -35,8 +35,7 @@ class Met(msgspec.Struct, frozen=True):
         first = self.strangers[0]
         more = f" (and {len(self.strangers) - 1} more)" if len(self.strangers) > 1 else ""
         return (
-            f"{name} wants to write {first.path}, which task {first.task_id} ({first.task}) has claimed as"
-            f" {first.other_path}{more}"
+            f"{name} wants to write {first.path}, which {first.who()} has claimed as {first.other_path}{more}"
         )
 
     def told(self) -> list[dict[str, str]]:

@@ -19,7 +19,7 @@ from agentqd.core.lifecycle import ACTIVE_STATES
 from agentqd.core.resolve import resolve
 from agentqd.core.task import read_task
 from agentqd.core.verdict import RESULT_GRACE
-from agentqd.loops import dropfolder, evidence
+from agentqd.loops import dropfolder, evidence, undeclared
 from agentqd.loops.execs import Execs
 from agentqd.loops.finishing import AttemptEnd, finish_attempt
 from agentqd.loops.live import Live, Workers
@@ -67,8 +67,16 @@ class Ends:
         if isinstance(item, AttemptEnd):
             return False
         live = self.live.get(item.task)
-        expect = live.request.expect if live is not None else None
-        return expect is not None and (expect.check is not None or bool(expect.files))
+        if live is None:
+            return False
+        expect = live.request.expect
+        return self._checks_writes(live) or (
+            expect is not None and (expect.check is not None or bool(expect.files))
+        )
+
+    def _checks_writes(self, live: Live) -> bool:
+        runner = self.box.settings.runners.get(live.task.runner)
+        return runner is not None and runner.check_writes
 
     async def _finish_slowly(self, item: wire.Exited | AttemptEnd) -> None:
         await self._finish([item])
@@ -86,7 +94,7 @@ class Ends:
             collected = [self._nothing_left(live, item) for live, item in ends]
         else:
             collected = await loop.run_in_executor(self._workers.threads, self._collect, ends)
-        ready = [await self._with_check(end) for end in collected]
+        ready = [await self._with_undeclared(await self._with_check(end)) for end in collected]
         failpoint("evidence_durable")
 
         self._record_ends(ready)
@@ -191,6 +199,24 @@ class Ends:
         cwd = (None if live is None else self._workdir(live)) or f"{folder}/work"
         passed, detail = await self.execs.check(self.box, end, check, folder, cwd)
         return msgspec.structs.replace(end, check_passed=passed, check_detail=detail)
+
+    async def _with_undeclared(self, end: AttemptEnd) -> AttemptEnd:
+        """What the attempt changed below its workdir without having declared it, where the runner asks for that."""
+        live = self.live.get(end.task_id)
+        if live is None or end.exited is None or end.exited.pid is None or not self._checks_writes(live):
+            return end
+        workdir = self._workdir(live)
+        if workdir is None:
+            return end
+        folders = self.box.folders
+        asked = undeclared.Asked(
+            workdir,
+            folders.attempt(end.task_id, end.attempt),
+            end.request.writes_to or [],
+            (folders.state, folders.runtime),
+        )
+        found = await asyncio.to_thread(undeclared.look, asked)
+        return msgspec.structs.replace(end, undeclared=found)
 
     def _finished(self, done: asyncio.Future[Any], ends: list[AttemptEnd]) -> None:
         self._workers.unit_done(done)

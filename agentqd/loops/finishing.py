@@ -5,6 +5,7 @@ These are journal units: they decide with core rules and record; nothing here to
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Final
 
 import msgspec
@@ -20,9 +21,11 @@ from agentqd.core.verdict import CANCELLED, Ended, Evidence, Verdict, judge
 from agentqd.core.waking import total_deadline_us
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
+from agentqd.loops.claimorder import grant_those
 from agentqd.loops.dropfolder import Handed, record
 from agentqd.loops.evidence import Seen, as_json
 from agentqd.loops.unblocking import candidates_after, request_of, unblock, what_blocks
+from agentqd.loops.undeclared import Undeclared
 from agentqd.storage import outbox
 from agentqd.storage import tasks as store
 from agentqd.storage.tasks import AttemptRow, TaskRow
@@ -46,6 +49,7 @@ class AttemptEnd(msgspec.Struct, frozen=True):
     failed_reason: tuple[str, str] | None = None  # (reason, detail): our own side failed it
     check_passed: bool | None = None
     check_detail: str | None = None
+    undeclared: Undeclared | None = None  # where the runner has check_writes
 
 
 class Finished(msgspec.Struct, frozen=True):
@@ -70,6 +74,14 @@ def finish_attempt(tx: Transaction, box: Box, end: AttemptEnd) -> Finished | Non
     evidence = _evidence(end, len(keys | sound | end.keys))
     verdict = _verdict(end, evidence, resolved)
     said = _close_attempt(tx, task, attempt, end, verdict, evidence)
+    if end.undeclared is not None and end.undeclared.count:
+        tx.event(
+            task.id,
+            "undeclared_writes",
+            attempt=end.attempt,
+            count=end.undeclared.count,
+            paths=end.undeclared.paths[:10],
+        )
     _tell(tx, box, task, verdict)
     event, wake = _what_next(tx, task, attempt, verdict, resolved)
     if event is Event.FINISHED:
@@ -167,6 +179,8 @@ def evidence_json(end: AttemptEnd, evidence: Evidence) -> dict[str, Any]:
             data["left_behind"] = [{"pid": item.pid, "name": item.name} for item in exited.left_behind]
         data["cpu_s"] = round(exited.user_cpu_s + exited.system_cpu_s, 3)
         data["max_rss_bytes"] = exited.max_rss_bytes
+    if end.undeclared is not None:
+        data["undeclared_writes"] = end.undeclared.as_json()
     if seen is not None and seen.problems:
         data["problems"] = seen.problems[:20]
     return data
@@ -253,10 +267,19 @@ def _settle_others(tx: Transaction, box: Box, ended: TaskRow) -> None:
     """Whom the end of a task frees, or ends; a list, not recursion: chains may be long."""
     ends = [ended]
     while ends:
-        for waiting in candidates_after(tx, ends.pop()):
+        for waiting in candidates_after(tx, box, ends.pop()):
             moved = _settle(tx, box, waiting)
             if moved.state is State.FINISHED:
                 ends.append(moved)
+
+
+def look_again(tx: Transaction, box: Box, seqs: Iterable[int]) -> None:
+    """A claim is gone before its task's end, or was no task's: those that waited for it (negative: outside claims) go on."""
+    grant_those(tx, box, seqs)
+    for seq in sorted(seq for seq in seqs if seq > 0):
+        waiting = store.get(tx, seq)
+        if waiting.state is State.BLOCKED:  # not ended meanwhile by what the one before it has brought about
+            settle(tx, box, waiting)
 
 
 def withdraw_claim(tx: Transaction, box: Box, was: TaskRow) -> None:

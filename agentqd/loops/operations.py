@@ -11,9 +11,11 @@ from agentqd.core.verdict import CANCELLED
 from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.box import Box
 from agentqd.loops.claiming import claim_again
-from agentqd.loops.finishing import finish_waiting, settle
+from agentqd.loops.finishing import finish_waiting, look_again, settle
+from agentqd.loops.reclaiming import reclaim
 from agentqd.loops.supervision import Supervision
 from agentqd.loops.unblocking import request_of, what_blocks
+from agentqd.storage import intents
 from agentqd.storage import tasks as store
 from agentqd.storage.paths import resolve_intents
 from agentqd.storage.tasks import TaskRow
@@ -57,10 +59,17 @@ def release(tx: Transaction, box: Box, task_id: str) -> TaskRow:
     moved = store.move_task(tx, task, event, reason=None, wake_at=next_wake_us(times, tx.now_us))
     if request.prompt_ref is not None and store.spec_of(tx, task.seq)[1] is None:
         return store.move_task(tx, moved, Event.BLOCKED, reason="prompt_missing", wake_at=tx.now_us)
+    moved = reclaim(tx, box, moved)
+    if moved.state not in {State.QUEUED, State.SCHEDULED}:
+        return moved
     reason, detail = what_blocks(tx, moved, request)
     if reason is None:
         return moved
-    return settle(tx, box, store.move_task(tx, moved, Event.BLOCKED, reason=reason, detail=detail))
+    moved = settle(tx, box, store.move_task(tx, moved, Event.BLOCKED, reason=reason, detail=detail))
+    look_again(
+        tx, box, intents.take_waiters(tx, moved.seq)
+    )  # one whose claim had lapsed waits for none that is blocked
+    return store.get(tx, moved.seq)
 
 
 def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:

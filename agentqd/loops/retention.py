@@ -14,6 +14,7 @@ import shutil
 import sqlite3
 from typing import Final
 
+from agentqd.core.limits import CONFLICTS_KEPT_MAX
 from agentqd.core.resolve import resolve
 from agentqd.core.task import read_task
 from agentqd.loops.alerts import alert
@@ -49,8 +50,10 @@ class Retention:
             await asyncio.to_thread(
                 self._remove_folders, [task_id for task_id, _ in gone], [b for _, bs in gone for b in bs]
             )
-        events = await self.box.journal.commit(self._remove_events)
-        return len(seqs) == _STEP or events == _EVENTS_STEP
+        more = await self.box.journal.commit(
+            lambda tx: _EVENTS_STEP in (self._remove_events(tx), self._remove_conflicts(tx))
+        )
+        return len(seqs) == _STEP or more
 
     def _old_tasks(self, connection: sqlite3.Connection) -> list[int]:
         retention, now = self.box.settings.retention, self.box.clock.now_us()
@@ -156,6 +159,13 @@ class Retention:
         for blob in blobs:
             if os.path.exists(blob):
                 os.unlink(blob)
+
+    def _remove_conflicts(self, tx: Transaction) -> int:
+        """Conflicts seen: as long as events, and the newest CONFLICTS_KEPT_MAX (a program may ask again every second)."""
+        limit = tx.now_us - int(self.box.settings.retention.events * US)
+        newest = tx.one("SELECT coalesce(max(seq), 0) FROM conflicts")[0]
+        sql = "DELETE FROM conflicts WHERE seq IN (SELECT seq FROM conflicts ORDER BY seq LIMIT ?) AND (at < ? OR seq <= ?)"
+        return int(tx.execute(sql, (_EVENTS_STEP, limit, newest - CONFLICTS_KEPT_MAX)).rowcount)
 
     def _remove_events(self, tx: Transaction) -> int:
         """Cut a prefix off the chain, and remember where it now begins."""

@@ -61,6 +61,9 @@ class Supervision:
         self.handover = self._handover.handover
         box.on_settings.append(self._new_settings)
 
+    def connected(self) -> bool:
+        return self.link.connected
+
     def close(self) -> None:
         self._workers.threads.shutdown(wait=True, cancel_futures=True)
 

@@ -13,6 +13,7 @@ from agentqd.core.task import TaskRequest, read_task
 from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.box import Box
 from agentqd.loops.claiming import WRITE_CONFLICT, in_line, waits_text
+from agentqd.loops.claimorder import grant_those, late_holder
 from agentqd.storage import intents
 from agentqd.storage import tasks as store
 from agentqd.storage.tasks import TaskRow
@@ -49,19 +50,23 @@ def what_blocks(tx: Transaction, task: TaskRow, request: TaskRequest) -> tuple[s
         return DEPENDENCY, f"waits for {', '.join(open_[:5])}"
     if policy == "failure" and rows and not failed:
         return "dependency_failed", "every task that it comes after ended with success"
-    before = in_line(tx, task)
+    before = in_line(tx, task) or late_holder(tx, task)
     if before is not None:
         intents.wait_for(tx, task.seq, before.task_seq)
         return WRITE_CONFLICT, waits_text(before)
     return None, None
 
 
-def candidates_after(tx: Transaction, ended: TaskRow) -> list[TaskRow]:
-    """Blocked tasks that the end of `ended` may free: those that come after it, and those that wait for a place to write."""
+def candidates_after(tx: Transaction, box: Box, ended: TaskRow) -> list[TaskRow]:
+    """Blocked tasks that the end of `ended` may free: those that come after it, and those that wait for a place to write.
+
+    Outside claims that waited for it are seen to here.
+    """
     intents.release(tx, ended.seq)
     seqs = {row[0] for row in tx.execute("SELECT task_seq FROM dependencies WHERE on_seq = ?", (ended.seq,))}
     seqs |= set(intents.take_waiters(tx, ended.seq))
-    rows = [store.get(tx, seq) for seq in sorted(seqs)]
+    grant_those(tx, box, seqs)
+    rows = [store.get(tx, seq) for seq in sorted(seqs) if seq > 0]
     return [row for row in rows if row.state is State.BLOCKED and row.reason in {DEPENDENCY, WRITE_CONFLICT}]
 
 

@@ -19,6 +19,7 @@ from agentqd.loops.box import Box, Signal
 from agentqd.loops.claiming import WRITE_CONFLICT
 from agentqd.loops.finishing import finish_waiting, settle
 from agentqd.loops.preparing import PROMPT_LOOK_AGAIN_US, prompt_roots
+from agentqd.loops.reclaiming import reclaim
 from agentqd.storage import tasks as store
 from agentqd.storage.prompts import Missing, read_prompt
 from agentqd.storage.tasks import TaskRow
@@ -112,7 +113,7 @@ class Waker:
         if event is Event.START_TIME_REACHED and not self._start_reached(tx, task):
             store.set_wake(tx, task.seq, after)
         elif event is not None:
-            store.move_task(tx, task, event, reason=None, wake_at=after)
+            reclaim(tx, self.box, store.move_task(tx, task, event, reason=None, wake_at=after))
         else:
             store.set_wake(tx, task.seq, after)
             if task.state is State.BLOCKED and task.reason == WRITE_CONFLICT:

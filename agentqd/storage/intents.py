@@ -4,7 +4,9 @@ Promises:
 1. A task's claim is made whole, under one place at the end of the line, and goes whole in the transaction of its end.
 2. What overlaps a path is found through its `head` by index: exact, in the folders above, in the range below. The cost of a
    look grows with what does overlap (and with patterns under the same folder), never with the number of claims.
-3. A task that waits is noted with one claim before it, the newest: it needs no look before that one ends.
+3. A claim that has lapsed keeps its place in the line, but nothing is found to overlap it (no `head`) until it is made again.
+4. The claims of outside processes stand in the same line, under negative seqs (storage/outsideclaims.py).
+5. A task that waits is noted with one claim before it, the newest: it needs no look before that one ends.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ _BELOW: Final = "SELECT place, task_seq, path FROM intents WHERE head > ? AND he
 _NEWEST_AT: Final = f"{_AT} DESC"
 _NEWEST_BELOW: Final = f"{_BELOW} ORDER BY place DESC"
 _HOLDER: Final = "SELECT id, name FROM tasks WHERE seq = ?"
+_OUTSIDE_HOLDER: Final = "SELECT id, name FROM outside_claims WHERE seq = ?"
 _OF: Final = "SELECT place, policy, path FROM intents WHERE task_seq = ?"
 _INSERT: Final = (
     "INSERT OR IGNORE INTO intents (task_seq, path, given, policy, claimed_at, expires_at, place, head)"
@@ -50,6 +53,11 @@ class Conflict(msgspec.Struct, frozen=True):
     task_id: str
     task: str
     other_path: str
+
+    def who(self) -> str:
+        """Who has claimed it, for people."""
+        kind = "task" if self.task_seq > 0 else "the outside claim"
+        return f"{kind} {self.task_id} ({self.task})"
 
     def as_json(self) -> dict[str, str]:
         return {"task_id": self.task_id, "task": self.task, "path": self.other_path}
@@ -117,7 +125,7 @@ def _overlapping(source: Source, path: str, before: int = _NO_END) -> Iterator[t
 
 
 def _conflict(source: Source, path: str, seq: int, claimed: str) -> Conflict:
-    row = source.execute(_HOLDER, (seq,)).fetchone()
+    row = source.execute(_HOLDER if seq > 0 else _OUTSIDE_HOLDER, (abs(seq),)).fetchone()
     assert row is not None, f"a claim on {claimed} of no task ({seq})"
     return Conflict(path, seq, row[0], row[1], claimed)
 
@@ -140,6 +148,25 @@ def release(tx: Transaction, task_seq: int) -> int:
     """Let go of everything that a task has claimed; how many paths that were."""
     tx.execute("DELETE FROM claim_waits WHERE task_seq = ?", (task_seq,))
     return tx.execute("DELETE FROM intents WHERE task_seq = ?", (task_seq,)).rowcount
+
+
+def lapse(tx: Transaction, task_seq: int) -> None:
+    """The claim counts no more; its place in the line is kept for when it is made again."""
+    tx.execute("UPDATE intents SET head = '', expires_at = ? WHERE task_seq = ?", (tx.now_us, task_seq))
+
+
+def has_lapsed(source: Source, task_seq: int) -> bool:
+    sql = "SELECT 1 FROM intents WHERE task_seq = ? AND expires_at IS NOT NULL LIMIT 1"
+    return source.execute(sql, (task_seq,)).fetchone() is not None
+
+
+def make_again(tx: Transaction, task_seq: int, policy: str) -> None:
+    """A lapsed claim counts again, in its old place, under the policy of today."""
+    rows = tx.execute("SELECT path FROM intents WHERE task_seq = ?", (task_seq,)).fetchall()
+    tx.executemany(
+        "UPDATE intents SET head = ?, expires_at = NULL, claimed_at = ?, policy = ? WHERE task_seq = ? AND path = ?",
+        [(head(path), tx.now_us, policy, task_seq, path) for (path,) in rows],
+    )
 
 
 def wait_for(tx: Transaction, task_seq: int, on_seq: int) -> None:

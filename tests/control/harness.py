@@ -22,6 +22,7 @@ from agentqd.loops.box import Box
 from agentqd.loops.delivery import DeliveryLoop
 from agentqd.loops.finishing import AttemptEnd, finish_attempt
 from agentqd.loops.intake import Intake
+from agentqd.loops.outside import OutsideClaims
 from agentqd.loops.preparing import prepare
 from agentqd.loops.scheduling import Target
 from agentqd.loops.supervision import Supervision
@@ -85,6 +86,7 @@ class Daemon:
         self.box = Box(self.folders, self.journal, self.settings, "s" * 32, "testbox", self.clock, self.log)
         self.supervision = Supervision(self.box, NoInotify(), may_start_supervisor=False)
         self.delivery = DeliveryLoop(self.box, self.supervision.execs)
+        self.outside = OutsideClaims(self.box)
         intake = Intake(self.box, NoInotify(), [], None)
 
         def before_commit(tx: Any) -> None:
@@ -100,6 +102,7 @@ class Daemon:
             started_monotonic_s=self.clock.monotonic_s(),
             version=VERSION,
             set_draining=self.set_draining,
+            outside=self.outside,
         )
         self.server = ControlServer(self.box, self.parts)
         await self.server.start()

@@ -420,7 +420,7 @@ async def test_an_end_looks_only_at_who_may_be_freed(bench: Bench) -> None:
         row = await bench.task(first)
 
         def unit(tx: Transaction) -> None:
-            for each in candidates_after(tx, row):
+            for each in candidates_after(tx, bench.box, row):
                 before = what_blocks(tx, each, request_of(tx, each))
                 assert before == (None, None)
                 freed.append(each.id)

@@ -378,10 +378,8 @@ def test_claims_survive_kills_of_the_daemon_while_they_are_made(make_box: MakeBo
 
 
 @pytest.mark.row(70)
-@pytest.mark.xfail(
-    strict=True,
-    reason="intent_ttl comes with issue 5: a claim is never released or alerted before its task's end",
-)
 def test_a_claim_past_its_ttl_beside_a_live_worker_alerts_and_is_kept(box: RealBox, tmp_path: Path) -> None:
     holder(box, tmp_path / "f", tmp_path / "go", intent_ttl="200ms")
-    wait_for("the alert", lambda: [event for event in box.events("alert") if "intent" in event["alert"]], 3)
+    (told,) = wait_for("the alert", lambda: box.alerts("claim_expired"), 3)
+    assert (told["task"], f"{tmp_path}/f" in told["message"]) == ("holder", True)
+    assert box.api("GET", "/v1/writes")[1]["claims"][0]["task_id"] == "holder"

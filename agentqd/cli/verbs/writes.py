@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import click
@@ -9,7 +10,9 @@ import click
 from agentqd.cli.output import Cell, Column
 from agentqd.cli.text import age
 from agentqd.cli.verb import Call, Family, verb
-from agentqd.client.connection import take
+from agentqd.cli.verbs.writesclaim import command as claim
+from agentqd.client.connection import Query, take
+from agentqd.core.units import format_duration, format_time, parse_duration, parse_time_us
 
 CLAIM_COLUMNS = (
     Column("PATH", flex=True),
@@ -17,6 +20,7 @@ CLAIM_COLUMNS = (
     Column("NAME", flex=True, drop=2),
     Column("STATE", drop=1),
     Column("FOR", right=True, drop=3),
+    Column("EXPIRES", right=True, drop=4),
 )
 CONFLICT_COLUMNS = (
     Column("TIMES", right=True),
@@ -30,6 +34,9 @@ CONFLICT_COLUMNS = (
 command = Family("writes", default="list", help="Who claims to write where. Claims are advisory.")
 
 
+command.add_command(claim)
+
+
 def _add(made: click.Command) -> click.Command:
     command.add_command(made)
     return made
@@ -38,7 +45,7 @@ def _add(made: click.Command) -> click.Command:
 @_add
 @verb("list")
 def list_claims(call: Call) -> int:
-    """Claims held now."""
+    """Claims held now, and those that wait: of tasks, and from outside (`writes claim`)."""
     claims = take(call.box.connection.get("writes"), "claims", list)
     if call.as_json:
         call.out.json(claims)
@@ -49,9 +56,11 @@ def list_claims(call: Call) -> int:
 
 @_add
 @verb("conflicts")
-def list_conflicts(call: Call) -> int:
+@click.option("--since", metavar="TIME", help="Only those since then: RFC 3339, or how long ago (2h).")
+def list_conflicts(call: Call, since: str | None) -> int:
     """Conflicts seen, by pair of tasks, with counts."""
-    conflicts = take(call.box.connection.get("writes", "conflicts"), "conflicts", list)
+    query: Query = {"since": None if since is None else _time(since)}
+    conflicts = take(call.box.connection.get("writes", "conflicts", query=query), "conflicts", list)
     if call.as_json:
         call.out.json(conflicts)
     else:
@@ -64,9 +73,26 @@ def _claim(item: dict[str, Any]) -> list[Cell | str]:
         str(item.get("path") or ""),
         str(item.get("task_id") or ""),
         str(item.get("task") or ""),
-        str(item.get("state") or ""),
+        "waits" if item.get("waiting") else str(item.get("state") or ""),
         age(item.get("since")),
+        _in(item.get("expires_at")),
     ]
+
+
+def _in(expires: Any) -> str:
+    """How long a started task may stay silent before its claim lapses."""
+    if not isinstance(expires, str):
+        return ""
+    left_s = parse_time_us(expires) / 1e6 - time.time()
+    return f"in {format_duration(round(left_s))}" if left_s >= 1 else "lapsed" if left_s <= 0 else "now"
+
+
+def _time(text: str) -> str:
+    """RFC 3339; a duration is so long ago. What is neither, the daemon names."""
+    try:
+        return str(format_time(int((time.time() - parse_duration(text)) * 1e6)))
+    except ValueError:
+        return text
 
 
 def _conflict(item: dict[str, Any]) -> list[Cell | str]:
