@@ -87,6 +87,7 @@ class Runner(Strict, frozen=True):
     result: str | None = (
         None  # result format: text, claude-json, claude-stream-json, codex-jsonl, gemini-json, ...
     )
+    usage_limit: list[str] | None = None  # texts; None: the preset's
     defaults: Defaults = Defaults()
 
 

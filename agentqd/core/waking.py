@@ -32,6 +32,15 @@ def next_wake_us(times: list[tuple[int, What]], now_us: int) -> int | None:
     return min(ahead) if ahead else None
 
 
+def retry_wake_us(
+    times: list[tuple[int, What]], retry_at_us: int | None, now_us: int, *, expires: bool
+) -> int | None:
+    """When a task that has had an attempt is looked at again: at its next one's time, or when it may have none any more."""
+    ends = [at for at, what in times if what == "total_timeout" or (what == "expires" and expires)]
+    ahead = [at for at in (*ends, retry_at_us) if at is not None and at > now_us]
+    return min(ahead, default=retry_at_us)
+
+
 def total_deadline_us(resolved: Resolved, run_at_us: int) -> int | None:
     return None if resolved.total_timeout_s is None else run_at_us + int(resolved.total_timeout_s * US)
 

@@ -9,6 +9,7 @@ Promises:
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from typing import Final
 
 import msgspec
 
@@ -110,15 +111,12 @@ def admit_entangled(tx: Transaction, box: Box, item: Candidate, refused: TaskRow
     `refused`: the task that had this id before, whose row it takes over.
     """
     request, new = item.request, item.new
-    found = store.find_many(tx, request.after_list())
-    missing = [name for name in request.after_list() if name not in found]
-    if missing:
-        return InvalidTask(
-            f"after: there is no task {missing[0]}; it must be submitted before the tasks that come after it",
-            code="unknown_dependency",
-            field="after",
-        )
-    conflicts = intents.conflicts_of(tx, [path for path, _ in item.writes], set(request.after_list()))
+    found = _dependencies(tx, request.after_list())
+    wrong = _wrong_dependency(tx, request.after_list(), found, refused)
+    if wrong is not None:
+        return wrong
+    related = {row.id for row in found.values()}
+    conflicts = intents.conflicts_of(tx, [path for path, _ in item.writes], related)
     if conflicts:
         intents.record_conflicts(tx, new.id, new.name, conflicts, item.on_conflict)
         tx.event(
@@ -145,6 +143,43 @@ def admit_entangled(tx: Transaction, box: Box, item: Candidate, refused: TaskRow
     if waits and task.reason in {DEPENDENCY, WRITE_CONFLICT}:
         task = settle(tx, box, task)
     return Accepted(new.id, seq, task.state)
+
+
+def _dependencies(tx: Transaction, names: list[str]) -> dict[str, TaskRow]:
+    """The tasks that are meant: of an id that was used again after its dedup time, the newest."""
+    newest = {name: _newest_replay(tx, name) for name in names}
+    rows = store.find_many(tx, [*newest.values(), *names])
+    return {name: row for name in names if (row := rows.get(newest[name]) or rows.get(name)) is not None}
+
+
+def _wrong_dependency(
+    tx: Transaction, names: list[str], found: dict[str, TaskRow], refused: TaskRow | None
+) -> InvalidTask | None:
+    """What names an unknown task, or would wait for itself. A new task is younger than all that it comes after, so only one
+    that takes over the id (and the row) of a refused task can close a circle."""
+    missing = [name for name in names if name not in found]
+    if missing:
+        return InvalidTask(
+            f"after: there is no task {missing[0]}; it must be submitted before the tasks that come after it (of lines: stand"
+            " in an earlier one); one that ended long ago is gone with retention.tasks",
+            code="unknown_dependency",
+            field="after",
+        )
+    if refused is not None:
+        for name, row in found.items():
+            if row.seq == refused.seq or tx.one(_COMES_AFTER, (row.seq, refused.seq)) is not None:
+                return InvalidTask(
+                    f"after: {name} comes after {refused.id} itself: neither could ever run",
+                    code="dependency_cycle",
+                    field="after",
+                )
+    return None
+
+
+_COMES_AFTER: Final = (
+    "WITH RECURSIVE before(seq) AS (SELECT on_seq FROM dependencies WHERE task_seq = ?"
+    " UNION SELECT d.on_seq FROM dependencies d JOIN before b ON d.task_seq = b.seq) SELECT 1 FROM before WHERE seq = ? LIMIT 1"
+)
 
 
 def _conflict_text(name: str, conflicts: list[intents.Conflict]) -> str:

@@ -16,20 +16,25 @@ from agentqd.core.retry import LOST_REQUEUES_MAX, RETRIED_RESULTS, wait_s
 from agentqd.core.routing import Subject, sinks_for
 from agentqd.core.task import TaskRequest
 from agentqd.core.units import format_time
+from agentqd.core.usage_limit import Limit
 from agentqd.core.verdict import CANCELLED, Ended, Evidence, Verdict, judge
-from agentqd.core.waking import total_deadline_us
+from agentqd.core.waking import retry_wake_us, total_deadline_us, wake_times
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
 from agentqd.loops.dropfolder import Handed, record
 from agentqd.loops.evidence import Seen, as_json
 from agentqd.loops.unblocking import candidates_after, request_of, unblock, what_blocks
-from agentqd.storage import outbox
+from agentqd.loops.usage_limits import USAGE_LIMIT, met
+from agentqd.storage import outbox, runner_limits
 from agentqd.storage import tasks as store
 from agentqd.storage.tasks import AttemptRow, TaskRow
 from agentqd.storage.transaction import Transaction
 from agentqd.supervisor.wire import Exited
 
 US: Final = 1_000_000
+_TELLS: Final = frozenset(
+    {Result.SUCCESS, Result.FAILED, Result.NO_WORK}
+)  # its runner's limit is not reached
 
 
 class AttemptEnd(msgspec.Struct, frozen=True):
@@ -46,6 +51,7 @@ class AttemptEnd(msgspec.Struct, frozen=True):
     failed_reason: tuple[str, str] | None = None  # (reason, detail): our own side failed it
     check_passed: bool | None = None
     check_detail: str | None = None
+    limit: Limit | None = None  # the agent said that its usage limit is reached
 
 
 class Finished(msgspec.Struct, frozen=True):
@@ -71,17 +77,27 @@ def finish_attempt(tx: Transaction, box: Box, end: AttemptEnd) -> Finished | Non
     verdict = _verdict(end, evidence, resolved)
     said = _close_attempt(tx, task, attempt, end, verdict, evidence)
     _tell(tx, box, task, verdict)
-    event, wake = _what_next(tx, task, attempt, verdict, resolved)
+    event, again = _what_next(tx, box, task, attempt, end, verdict, resolved)
     if event is Event.FINISHED:
         moved = _finish(tx, task, event, verdict, said)
         data = result_data(box, moved, end, evidence, said, tx.now_us)
         add_result(tx, box, moved, end.request, data)
         _settle_others(tx, box, moved)
     else:
+        first_run = task.run_at == task.accepted_at
+        times = wake_times(end.request, resolved, task.run_at)
         moved = store.move_task(
-            tx, task, event, said=said, reason=verdict.reason, detail=verdict.detail, wake_at=wake
+            tx,
+            task,
+            event,
+            said=said if again is None else {**said, "next_at": format_time(again)},
+            reason=verdict.reason,
+            detail=verdict.detail,
+            run_attempts=task.run_attempts - (1 if verdict.reason == USAGE_LIMIT else 0),
+            retry_at=again,
+            wake_at=retry_wake_us(times, again, tx.now_us, expires=first_run),
         )
-        tx.later(lambda: _log_attempt(box, moved, verdict, wake))
+        tx.later(lambda: _log_attempt(box, moved, verdict, again))
     return Finished(moved, verdict)
 
 
@@ -106,6 +122,8 @@ def _verdict(end: AttemptEnd, evidence: Evidence, resolved: Resolved) -> Verdict
         return Verdict(Result.FAILED, *end.failed_reason)
     if end.exited is None:
         return Verdict(Result.LOST, end.lost_reason or "lost", "nobody knows how it ended")
+    if end.limit is not None:
+        return Verdict(Result.FAILED, USAGE_LIMIT, end.limit.text)
     exited = end.exited
     ended = Ended(
         exited.exit_code, exited.signal, exited.intent, exited.error if exited.pid is None else None
@@ -173,11 +191,27 @@ def evidence_json(end: AttemptEnd, evidence: Evidence) -> dict[str, Any]:
 
 
 def _what_next(
-    tx: Transaction, task: TaskRow, attempt: AttemptRow, verdict: Verdict, resolved: Resolved
+    tx: Transaction,
+    box: Box,
+    task: TaskRow,
+    attempt: AttemptRow,
+    end: AttemptEnd,
+    verdict: Verdict,
+    resolved: Resolved,
 ) -> tuple[Event, int | None]:
-    """The event that follows, and when a waiting task is to be looked at again."""
+    """The event that follows, and when the next attempt may start."""
+    limited = met(tx, box, task, end.limit) if end.limit is not None else None
+    if limited is None and verdict.result in _TELLS:
+        runner_limits.works_again(tx, task.runner)
     if attempt.intent == CANCELLED:
         return Event.FINISHED, None
+    deadline = total_deadline_us(resolved, task.run_at)
+    if limited is not None:
+        return (
+            (Event.ATTEMPT_ENDED, limited)
+            if deadline is None or limited < deadline
+            else (Event.FINISHED, None)
+        )
     if verdict.result is Result.LOST:
         if resolved.on_lost == "hold":
             return Event.ATTEMPT_HELD, None
@@ -190,7 +224,6 @@ def _what_next(
     if not again:
         return Event.FINISHED, None
     wake = tx.now_us + int(wait_s(resolved.backoff, task.run_attempts) * US)
-    deadline = total_deadline_us(resolved, task.run_at)
     if deadline is not None and wake >= deadline:
         return Event.FINISHED, None
     return Event.ATTEMPT_ENDED, wake

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from agentqd.core.errors import IllegalTransition, NoSuchTask, WriteConflict
 from agentqd.core.lifecycle import ACTIVE_STATES, Event, Result, State
 from agentqd.core.outbox import TABLE, RowEvent, RowState
-from agentqd.core.resolve import resolve
+from agentqd.core.resolve import Resolved, resolve
+from agentqd.core.task import TaskRequest
 from agentqd.core.verdict import CANCELLED
 from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.box import Box
 from agentqd.loops.finishing import finish_waiting, settle
 from agentqd.loops.supervision import Supervision
-from agentqd.loops.unblocking import request_of, what_blocks
+from agentqd.loops.unblocking import DEPENDENCY, request_of, what_blocks
+from agentqd.loops.usage_limits import USAGE_LIMIT, lift
 from agentqd.storage import intents, outbox
 from agentqd.storage import tasks as store
 from agentqd.storage.paths import resolve_intents
@@ -49,8 +51,11 @@ def hold(tx: Transaction, task_id: str) -> TaskRow:
 
 
 def release(tx: Transaction, box: Box, task_id: str) -> TaskRow:
-    """Undo a hold; a start time that lies ahead, or what else blocks it, still counts. Raises NoSuchTask, IllegalTransition."""
+    """Undo a hold; a start time that lies ahead, or what else blocks it, still counts. Of a task that backs off, or waits for a
+    usage limit: end that wait. Raises NoSuchTask, IllegalTransition."""
     task = must_find(tx, task_id)
+    if task.state in {State.RETRYABLE, State.QUEUED}:
+        return _now(tx, box, task)
     request = request_of(tx, task)
     times = wake_times(request, resolve(request, task.queue, task.runner, box.settings), task.run_at)
     later = any(at > tx.now_us for at, what in times if what == "start_time")
@@ -66,10 +71,14 @@ def release(tx: Transaction, box: Box, task_id: str) -> TaskRow:
 
 def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
     """A new run of a finished task: its attempts start anew, its result gets a new id, delivered keys are not sent again.
+    Of a task that backs off, or waits for a usage limit: its next attempt now.
 
-    Raises NoSuchTask, IllegalTransition (not finished), WriteConflict (its places are claimed by another task now).
+    Of the tasks that it comes after those that have ended have no say any more (a person's word); those that have not, have.
+    Raises NoSuchTask, IllegalTransition (neither), WriteConflict (its places are claimed by another task now).
     """
     task = must_find(tx, task_id)
+    if task.state is not State.FINISHED:
+        return _now(tx, box, task)
     request = request_of(tx, task)
     resolved = resolve(request, task.queue, task.runner, box.settings)
     times = wake_times(request, resolved, tx.now_us)
@@ -86,9 +95,18 @@ def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
         detail=None,
         wake_at=next_wake_us([(at, what) for at, what in times if what != "expires"], tx.now_us),
     )
-    if not request.writes_to:
-        return moved
-    paths = resolve_intents(request.writes_to, resolved.workdir)
+    tx.execute(_FORGET_ENDED, (task.seq,))
+    if request.writes_to:
+        _claim_again(tx, task, request, resolved)
+    reason, detail = what_blocks(tx, moved, request)
+    if reason == DEPENDENCY:
+        return store.move_task(tx, moved, Event.BLOCKED, reason=reason, detail=detail)
+    return moved
+
+
+def _claim_again(tx: Transaction, task: TaskRow, request: TaskRequest, resolved: Resolved) -> None:
+    """Raises WriteConflict."""
+    paths = resolve_intents(request.writes_to or [], resolved.workdir)
     conflicts = intents.conflicts_of(tx, [path for path, _ in paths], set(request.after_list()))
     if conflicts and resolved.on_conflict != "warn":
         first = conflicts[0]
@@ -97,7 +115,38 @@ def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
             conflicts=[each.as_json() for each in conflicts],
         )
     intents.claim(tx, task.seq, paths, resolved.on_conflict)
-    return moved
+
+
+def _now(tx: Transaction, box: Box, task: TaskRow) -> TaskRow:
+    """End a wait that only time would end. Raises IllegalTransition, saying what the task does instead."""
+    if task.state is State.RETRYABLE:
+        if task.reason == USAGE_LIMIT:
+            lift(tx, task.runner, "person")
+        request = request_of(tx, task)
+        times = wake_times(request, resolve(request, task.queue, task.runner, box.settings), task.run_at)
+        wake = next_wake_us(times, tx.now_us)
+        return store.move_task(
+            tx, task, Event.BACKOFF_ENDED, said={"by": "person"}, reason=None, retry_at=None, wake_at=wake
+        )
+    if task.state is State.QUEUED and lift(tx, task.runner, "person"):
+        return task
+    what = {
+        State.SCHEDULED: "has not run yet: it waits for its start time",
+        State.QUEUED: "has not run yet: it starts as soon as it can",
+        State.BLOCKED: f"has not run yet: it is blocked ({task.reason}: {task.detail})",
+        State.HELD: f"is held; agentqctl release {task.id} lets it go on",
+        State.RUNNING: f"is running (attempt {task.attempt}); wait for its end, or cancel it first",
+        State.STOPPING: f"is being ended (attempt {task.attempt}); retry it then",
+    }[task.state]
+    raise IllegalTransition(
+        f"task {task.id} {what}; nothing was changed", state=task.state.value, reason=task.reason
+    )
+
+
+_FORGET_ENDED: Final = (
+    "DELETE FROM dependencies WHERE task_seq = ?1 AND on_seq IN (SELECT t.seq FROM dependencies d"
+    " JOIN tasks t ON t.seq = d.on_seq WHERE d.task_seq = ?1 AND t.state = 'finished')"
+)
 
 
 def change_rows(

@@ -6,7 +6,10 @@ and a claim yields only to older ones: neither can go round in a circle, so noth
 
 from __future__ import annotations
 
+from typing import Final
+
 from agentqd.core.lifecycle import Event, Result, State
+from agentqd.core.limits import FREED_AT_ONCE
 from agentqd.core.resolve import resolve
 from agentqd.core.task import TaskRequest, read_task
 from agentqd.core.waking import next_wake_us, wake_times
@@ -18,6 +21,15 @@ from agentqd.storage.transaction import Transaction
 
 DEPENDENCY = "dependency"
 WRITE_CONFLICT = "write_conflict"
+_BLOCKED: Final = "t.state = 'blocked' AND t.reason = 'dependency'"
+_DEPENDENTS: Final = (
+    f"SELECT d.task_seq FROM dependencies d JOIN tasks t ON t.seq = d.task_seq WHERE d.on_seq = ? AND {_BLOCKED}"  # noqa: S608 - fixed names
+    " ORDER BY d.task_seq LIMIT ?"
+)
+_PUT_OFF: Final = (
+    "UPDATE tasks AS t SET wake_at = ? WHERE t.seq IN (SELECT task_seq FROM dependencies WHERE on_seq = ? AND task_seq > ?)"  # noqa: S608 - fixed names
+    f" AND {_BLOCKED}"
+)
 
 
 def unblock(
@@ -47,7 +59,7 @@ def what_blocks(tx: Transaction, task: TaskRow, request: TaskRequest) -> tuple[s
         return "dependency_failed", "every task that it comes after ended with success"
     paths = intents.paths_of(tx, task.seq)
     if paths and _queues(tx, task):
-        older = intents.conflicts_of(tx, paths, set(request.after_list()), before_seq=task.seq)
+        older = intents.conflicts_of(tx, paths, {row[0] for row in rows}, before_seq=task.seq)
         if older:
             return (
                 WRITE_CONFLICT,
@@ -64,7 +76,7 @@ def _queues(tx: Transaction, task: TaskRow) -> bool:
 def candidates_after(tx: Transaction, ended: TaskRow) -> list[TaskRow]:
     """Blocked tasks that the end of `ended` may free: those that come after it, and those that wait for a place to write."""
     released = intents.release(tx, ended.seq)
-    seqs = {row[0] for row in tx.execute("SELECT task_seq FROM dependencies WHERE on_seq = ?", (ended.seq,))}
+    seqs = set(_dependents(tx, ended))
     if released:
         seqs |= {
             row[0]
@@ -75,6 +87,16 @@ def candidates_after(tx: Transaction, ended: TaskRow) -> list[TaskRow]:
         }
     rows = [store.get(tx, seq) for seq in sorted(seqs)]
     return [row for row in rows if row.state is State.BLOCKED and row.reason in {DEPENDENCY, WRITE_CONFLICT}]
+
+
+def _dependents(tx: Transaction, ended: TaskRow) -> list[int]:
+    """The blocked tasks that come after `ended`, oldest first; of very many those beyond FREED_AT_ONCE are looked at in the
+    next transactions (loops/waking.py), so that no commit waits long for this one."""
+    rows = tx.execute(_DEPENDENTS, (ended.seq, FREED_AT_ONCE)).fetchall()
+    if len(rows) == FREED_AT_ONCE:
+        tx.execute(_PUT_OFF, (tx.now_us, ended.seq, rows[-1][0]))
+        tx.will_wake(tx.now_us)
+    return [row[0] for row in rows]
 
 
 def request_of(tx: Transaction, task: TaskRow) -> TaskRequest:

@@ -16,7 +16,8 @@ from agentqd.storage.transaction import Transaction
 
 _COLUMNS: Final = (
     "seq, id, name, queue, runner, priority, state, result, reason, detail, run, attempt, run_attempts, submitted_at,"
-    " accepted_at, run_at, started_at, finished_at, wake_at, content, source"
+    " accepted_at, run_at, started_at, finished_at, wake_at, content, source,"
+    " retry_at"
 )
 _SELECT: Final = f"SELECT {_COLUMNS} FROM tasks"  # noqa: S608 - fixed names
 _BY_SEQ: Final = f"{_SELECT} WHERE seq = ?"
@@ -28,6 +29,12 @@ _INSERT: Final = (
 )
 _SPEC: Final = "SELECT spec, prompt FROM tasks WHERE seq = ?"
 _HEAD: Final = f"{_SELECT} WHERE queue = ? AND state = 'queued' ORDER BY priority DESC, seq LIMIT ?"
+_READY_RUNNERS: Final = (
+    "SELECT runner FROM tasks WHERE queue = ? AND state = 'queued' AND runner > ? ORDER BY runner LIMIT 1"
+)
+_HEAD_OF: Final = (
+    f"{_SELECT} WHERE queue = ? AND runner = ? AND state = 'queued' ORDER BY priority DESC, seq LIMIT ?"
+)
 _ACTIVE: Final = f"{_SELECT} WHERE state IN ('running', 'stopping')"
 _ACTIVE_COUNTS: Final = (
     "SELECT queue, count(*) FROM tasks WHERE state IN ('running', 'stopping') GROUP BY queue"
@@ -63,6 +70,7 @@ class TaskRow(msgspec.Struct, frozen=True):
     wake_at: int | None
     content: bytes
     source: str
+    retry_at: int | None = None  # no attempt before this time (while `retryable`)
 
 
 class NewTask(msgspec.Struct):
@@ -196,6 +204,19 @@ _BIG: Final = frozenset({"spec", "prompt"})
 def heads(source: Transaction | sqlite3.Connection, queue: str, limit: int) -> list[TaskRow]:
     """The next ready tasks of a queue: highest priority first, then the oldest."""
     return [_row(row) for row in source.execute(_HEAD, (queue, limit))]
+
+
+def heads_of_open(
+    source: Transaction | sqlite3.Connection, queue: str, limit: int, closed: frozenset[str]
+) -> list[TaskRow]:
+    """The same without the tasks of `closed` runners, however many of those stand before: an index seek a runner."""
+    found: list[TaskRow] = []
+    runner = ""
+    while (row := source.execute(_READY_RUNNERS, (queue, runner)).fetchone()) is not None:
+        runner = row[0]
+        if runner not in closed:
+            found += [_row(head) for head in source.execute(_HEAD_OF, (queue, runner, limit))]
+    return sorted(found, key=lambda task: (-task.priority, task.seq))[:limit]
 
 
 def active_counts(source: Transaction | sqlite3.Connection) -> dict[str, int]:
