@@ -149,7 +149,9 @@ _DATE: Final = re.compile(
     rf"\b({'|'.join(_MONTHS)})[a-z]{{0,6}}\.? (\d{{1,2}})(?:st|nd|rd|th)?,?(?: (\d{{4}}))?,?(?: at)? {_CLOCK}",
     re.IGNORECASE,
 )
-_OF_DAY: Final = re.compile(rf"\b(?:until|till|resets?|reset at|again|at|after)(?: at)? {_CLOCK}", re.IGNORECASE)
+_OF_DAY: Final = re.compile(
+    rf"\b(?:until|till|resets?|reset at|again|at|after)(?: at)? {_CLOCK}", re.IGNORECASE
+)
 _ZONE: Final = re.compile(r"\(?\b(UTC|GMT|[A-Z][A-Za-z_]{1,30}/[A-Za-z_+-]{1,30}(?:/[A-Za-z_]{1,30})?)\b\)?")
 
 

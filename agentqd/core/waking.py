@@ -36,9 +36,15 @@ def retry_wake_us(
     times: list[tuple[int, What]], retry_at_us: int | None, now_us: int, *, expires: bool
 ) -> int | None:
     """When a task that has had an attempt is looked at again: at its next one's time, or when it may have none any more."""
-    ends = [at for at, what in times if what == "total_timeout" or (what == "expires" and expires)]
-    ahead = [at for at in (*ends, retry_at_us) if at is not None and at > now_us]
-    return min(ahead, default=retry_at_us)
+    last = last_start_us(times, expires=expires)
+    return min((max(at, now_us) for at in (last, retry_at_us) if at is not None), default=None)
+
+
+def last_start_us(times: list[tuple[int, What]], *, expires: bool) -> int | None:
+    """From then on no attempt starts any more."""
+    return min(
+        (at for at, what in times if what == "total_timeout" or (what == "expires" and expires)), default=None
+    )
 
 
 def total_deadline_us(resolved: Resolved, run_at_us: int) -> int | None:

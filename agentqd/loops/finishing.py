@@ -18,7 +18,7 @@ from agentqd.core.task import TaskRequest
 from agentqd.core.units import format_time
 from agentqd.core.usage_limit import Limit
 from agentqd.core.verdict import CANCELLED, Ended, Evidence, Verdict, judge
-from agentqd.core.waking import retry_wake_us, total_deadline_us, wake_times
+from agentqd.core.waking import last_start_us, retry_wake_us, wake_times
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
 from agentqd.loops.dropfolder import Handed, record
@@ -205,13 +205,11 @@ def _what_next(
         runner_limits.works_again(tx, task.runner)
     if attempt.intent == CANCELLED:
         return Event.FINISHED, None
-    deadline = total_deadline_us(resolved, task.run_at)
+    times = wake_times(end.request, resolved, task.run_at)
+    last = last_start_us(times, expires=task.run_at == task.accepted_at)
     if limited is not None:
-        return (
-            (Event.ATTEMPT_ENDED, limited)
-            if deadline is None or limited < deadline
-            else (Event.FINISHED, None)
-        )
+        may = last is None or limited < last
+        return (Event.ATTEMPT_ENDED, limited) if may else (Event.FINISHED, None)
     if verdict.result is Result.LOST:
         if resolved.on_lost == "hold":
             return Event.ATTEMPT_HELD, None
@@ -224,7 +222,7 @@ def _what_next(
     if not again:
         return Event.FINISHED, None
     wake = tx.now_us + int(wait_s(resolved.backoff, task.run_attempts) * US)
-    if deadline is not None and wake >= deadline:
+    if last is not None and wake >= last:
         return Event.FINISHED, None
     return Event.ATTEMPT_ENDED, wake
 
@@ -275,11 +273,23 @@ def _settle(tx: Transaction, box: Box, task: TaskRow) -> TaskRow:
     request = request_of(tx, task)
     reason, detail = what_blocks(tx, task, request)
     if reason is None:
-        return unblock(tx, box, task, request)
+        late = _too_late(tx, box, task, request)
+        return unblock(tx, box, task, request) if late is None else _end_waiting(tx, box, task, *late)
     if reason == "dependency_failed":
         return _end_waiting(tx, box, task, Event.REFUSED, Verdict(Result.REFUSED, reason, detail))
     tx.execute("UPDATE tasks SET reason = ?, detail = ? WHERE seq = ?", (reason, detail, task.seq))
     return store.get(tx, task.seq)
+
+
+def _too_late(tx: Transaction, box: Box, task: TaskRow, request: TaskRequest) -> tuple[Event, Verdict] | None:
+    """What is freed by the very turn in which its own time is over does not start any more."""
+    times = wake_times(request, resolve(request, task.queue, task.runner, box.settings), task.run_at)
+    over = {what for at, what in times if at <= tx.now_us}
+    if "expires" in over and task.run_at == task.accepted_at:
+        return Event.EXPIRED, Verdict(Result.EXPIRED, "expires_at")
+    if "total_timeout" in over:
+        return Event.FINISHED, Verdict(Result.TIMEOUT, "total_timeout")
+    return None
 
 
 def _settle_others(tx: Transaction, box: Box, ended: TaskRow) -> None:
