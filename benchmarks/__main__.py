@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import intake, machine, remote, rest, spawn_latency, status, throughput, waiting
+from benchmarks import choosing, intake, machine, remote, rest, spawn_latency, status, throughput, waiting
 from benchmarks.measure import Row
 
 _OUTPUT = Path(__file__).with_name("last-run.json")
@@ -52,6 +52,9 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         ),
         "intake": lambda: intake.measure(folder, lines, 1 if quick else intake.ROUNDS),
         "waiting": lambda: waiting.measure(folder, lines, samples),
+        "choosing": lambda: choosing.measure(
+            _sub(folder, "choosing"), 100_000 if quick else 1_000_000, 50 if quick else 200
+        ),
         "rest": lambda: rest.measure(folder, 5 if quick else 30),
         "status": lambda: status.measure(folder, samples),
         "remote": lambda: remote.measure(
@@ -135,7 +138,17 @@ def _parse() -> argparse.Namespace:
         "--only",
         action="append",
         metavar="PART",
-        choices=["latency", "throughput", "intake", "waiting", "rest", "status", "remote", "large"],
+        choices=[
+            "latency",
+            "throughput",
+            "intake",
+            "waiting",
+            "choosing",
+            "rest",
+            "status",
+            "remote",
+            "large",
+        ],
     )
     parser.add_argument(
         "--dir", metavar="DIR", help="a folder on a real disk (default: the temporary one, /var/tmp, here)"

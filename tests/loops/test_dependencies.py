@@ -63,7 +63,7 @@ async def test_a_thousand_may_come_before_one(bench: Bench) -> None:
 
 
 async def test_more_than_the_limit_are_refused_with_the_limit(bench: Bench) -> None:
-    (wrong,) = [each for each in await _refused(bench, {"after": [f"t{n}" for n in range(AFTER_MAX + 1)]})]
+    (wrong,) = await _refused(bench, {"after": [f"t{n}" for n in range(AFTER_MAX + 1)]})
     assert str(AFTER_MAX) in wrong
 
 
