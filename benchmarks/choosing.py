@@ -30,11 +30,8 @@ from benchmarks.measure import Row, interleaved, percentile, summary
 
 FEW: Final = 1000
 BLOCKS: Final = 10
-_KINDS: Final = (
-    "plain",
-    "dependency",
-    "write_conflict",
-)  # what the ends of one phase free, highest priority first
+# What the ends of a phase free, and the priority by which those that end in it go first.
+_PHASES: Final = {"plain": 30, "dependency": 20, "write_conflict": 10}
 
 _INSERT: Final = (
     "WITH RECURSIVE n(i) AS (SELECT ? UNION ALL SELECT i + 1 FROM n WHERE i + 1 < ?)"
@@ -88,7 +85,7 @@ class Side:
         """First the holders (of the phases, and those of lower priority), then those that each of them blocks."""
         blocked = max(self.samples + 2, self.waiting // 20)
         at = 1
-        for kind, priority in zip(_KINDS, (30, 20, 10), strict=True):
+        for kind, priority in _PHASES.items():
             phase = self.samples + 2
             first, holders = at, phase if kind == "plain" else blocked
             at = self._insert(tx, at, phase, f"{priority}", "queued", "NULL", _PLAIN)
@@ -174,7 +171,7 @@ def measure(folder: Path, waiting: int, samples: int) -> list[Row]:
         loop.run_until_complete(few.__aenter__())
         loop.run_until_complete(many.__aenter__())
         rows = []
-        for kind in _KINDS:
+        for kind in _PHASES:
             sides = [
                 lambda count, side=side, kind=kind: loop.run_until_complete(side.samples_of(kind, count))
                 for side in (few, many)
