@@ -47,7 +47,7 @@ def cancel(tx: Transaction, box: Box, supervision: Supervision, task_id: str) ->
 
 def hold(tx: Transaction, task_id: str) -> TaskRow:
     """Keep a waiting task from starting. Raises NoSuchTask, IllegalTransition."""
-    return store.move_task(tx, must_find(tx, task_id), Event.HOLD_REQUESTED, reason="held")
+    return store.move_task(tx, must_find(tx, task_id), Event.HOLD_REQUESTED, reason="held", detail=None)
 
 
 def release(tx: Transaction, box: Box, task_id: str) -> TaskRow:
@@ -126,7 +126,14 @@ def _now(tx: Transaction, box: Box, task: TaskRow) -> TaskRow:
         times = wake_times(request, resolve(request, task.queue, task.runner, box.settings), task.run_at)
         wake = next_wake_us(times, tx.now_us)
         return store.move_task(
-            tx, task, Event.BACKOFF_ENDED, said={"by": "person"}, reason=None, retry_at=None, wake_at=wake
+            tx,
+            task,
+            Event.BACKOFF_ENDED,
+            said={"by": "person"},
+            reason=None,
+            detail=None,
+            retry_at=None,
+            wake_at=wake,
         )
     if task.state is State.QUEUED and lift(tx, task.runner, "person"):
         return task

@@ -146,6 +146,7 @@ class Scheduler:
             run_attempts=task.run_attempts + 1,
             started_at=tx.now_us,
             reason=None,
+            detail=None,
             wake_at=None,
         )
         store.insert_attempt(tx, claimed, self._box.journal.epoch, target.instance, target.boot_id)

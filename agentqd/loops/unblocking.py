@@ -39,7 +39,9 @@ def unblock(
     times = wake_times(request, resolve(request, task.queue, task.runner, box.settings), task.run_at)
     later = any(at > tx.now_us for at, what in times if what == "start_time")
     event = Event.UNBLOCKED_FOR_LATER if later else Event.UNBLOCKED
-    return store.move_task(tx, task, event, said=said, reason=None, wake_at=next_wake_us(times, tx.now_us))
+    return store.move_task(
+        tx, task, event, said=said, reason=None, detail=None, wake_at=next_wake_us(times, tx.now_us)
+    )
 
 
 def what_blocks(tx: Transaction, task: TaskRow, request: TaskRequest) -> tuple[str | None, str | None]:

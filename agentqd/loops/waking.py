@@ -122,7 +122,7 @@ class Waker:
         if event is Event.START_TIME_REACHED and not self._start_reached(tx, task):
             store.set_wake(tx, task.seq, after)
         elif event is not None:
-            store.move_task(tx, task, event, reason=None, wake_at=after)
+            store.move_task(tx, task, event, reason=None, detail=None, wake_at=after)
         else:
             store.set_wake(tx, task.seq, after)
             if task.state is State.BLOCKED and task.reason in {DEPENDENCY, WRITE_CONFLICT}:

@@ -201,7 +201,9 @@ class Model:
                 continue
             if task.first_run and task.expires is not None and task.expires <= self.now:
                 self.finish(task)
-            elif (task.state == "scheduled" and (task.not_before or 0) <= self.now) or (task.state == "retryable" and task.retry_at <= self.now):
+            elif (task.state == "scheduled" and (task.not_before or 0) <= self.now) or (
+                task.state == "retryable" and task.retry_at <= self.now
+            ):
                 task.state = "queued"
 
     def choose(self) -> list[str]:

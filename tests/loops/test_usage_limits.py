@@ -189,20 +189,19 @@ async def test_a_backoff_is_ended_by_a_person_and_what_is_no_wait_is_a_clear_err
         await ready.do(lambda tx: retry(tx, ready.box, "later"))
 
 
-async def test_a_limit_beyond_the_total_timeout_ends_the_task_and_one_beyond_its_expiry_waits_no_longer(
-    ready: Bench,
+@pytest.mark.parametrize("field", ["total_timeout", "expires_at"])
+async def test_a_limit_beyond_the_last_start_ends_the_task_with_its_own_reason(
+    ready: Bench, field: str
 ) -> None:
-    await ready.add(id="a", runner="claude", total_timeout="30m")
-    await _limited(ready, "a")
+    await ready.add(
+        id="a", runner="claude", **{field: "30m" if field == "total_timeout" else _in(ready, 1800)}
+    )
+    await _limited(ready, "a", 1799)
+    assert await ready.states("a") == ["retryable"]
+    await _pass(ready, 1799)
+    await _limited(ready, "a", 1)
     task = await ready.task("a")
     assert (task.result, task.reason) == ("failed", "usage_limit")
-    await ready.do(lambda tx: lift(tx, "claude", "test"))
-    await ready.add(id="b", runner="claude", expires_at=_in(ready, 600))
-    await _limited(ready, "b")
-    await _pass(ready, 599)
-    assert await ready.states("b") == ["retryable"]
-    await _pass(ready, 1)
-    assert (await ready.task("b")).result == "expired"
 
 
 async def test_a_queue_timeout_in_a_backoff_does_not_end_the_backoff(ready: Bench) -> None:

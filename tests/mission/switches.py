@@ -114,6 +114,7 @@ SWITCHES: tuple[Switch, ...] = (
     _switch(44, "clocks::a_deadline_ends_the_whole_tree_and_what_it_had_is_delivered", "supervisor/clocks.py", "if self._clocks.run_s is not None:", "if False:"),
     _switch(45, "control::show_tells_one_timeline_from_the_lines_offset_to_its_delivery", "control/views.py", '"source": msgspec.json.decode(task.source),', '"source": {"file": None, "offset": None},'),
     _switch(46, "audit::a_changed_event_is_found_and_verify_says_where", "storage/transaction.py", "text = f\"{seq}\\x00{at}\\x00{task or ''}\\x00{event}\\x00{data}\"", 'text = f"{seq}"'),
+    _switch(47, "waiting::a_usage_limit_is_waited_for_by_the_whole_runner_and_uses_no_attempt", "loops/finishing.py", "limited = met(tx, box, task, end.limit) if end.limit is not None else None", "limited = None"),
     _switch(47, "verdicts::each_retry_is_recorded_waits_longer_and_is_capped", "loops/finishing.py", "again = verdict.result in RETRIED_RESULTS and task.run_attempts < resolved.max_attempts", "again = False"),
     _switch(48, "outbox::a_finished_task_is_not_a_delivered_one_and_it_shows", "loops/marking.py", "RowEvent.DEFERRED, attempts, due_at, None, reason)", "RowEvent.ACKNOWLEDGED, attempts, None, None, reason)"),
     _switch(49, "outbox::an_end_and_its_outbox_rows_are_in_one_transaction", "loops/finishing.py", "        add_result(tx, box, moved, end.request, data)\n", "        tx.later(lambda: box.journal.submit(lambda tx: add_result(tx, box, moved, end.request, data)) and None)\n"),

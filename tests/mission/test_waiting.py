@@ -11,44 +11,70 @@ from realbox import RealBox, wait_for
 
 pytestmark = pytest.mark.real
 
-# Says what the real program says: the limit until OPENS, and then an answer, as stream-json.
+# Say what the real program says, each in one of its ways: the limit until OPENS, and then an answer, as stream-json.
+SAYS = {
+    "plain, exit 1": """echo "Claude AI usage limit reached|$until"; exit 1""",
+    "a record, exit 0": """echo '{"type":"result","is_error":true,"result":"Claude AI usage limit reached|'$until'"}'; exit 0""",
+}
 AGENT = """#!/bin/sh
 cat > /dev/null
-if [ "$(date +%s)" -lt "$(cat {opens})" ]; then
-    echo "Claude AI usage limit reached|$(cat {opens})"
-    exit 1
+until=$(cat OPENS)
+if [ "$(date +%s)" -lt "$until" ]; then
+    SAYS
 fi
-echo '{{"type":"result","subtype":"success","is_error":false,"result":"done after the rate limit","num_turns":1}}'
+echo '{"type":"result","subtype":"success","is_error":false,"result":"done after the rate limit","num_turns":1}'
 """
 
 
-@pytest.mark.row(47)
-def test_a_usage_limit_is_waited_for_by_the_whole_runner_and_uses_no_attempt(make_box: MakeBox, tmp_path: Path) -> None:
-    agent, opens = tmp_path / "agent", tmp_path / "opens"
-    agent.write_text(AGENT.format(opens=opens))
+def _agent(make_box: MakeBox, tmp_path: Path, says: str, in_s: int) -> tuple[RealBox, int]:
+    agent, opens, until = tmp_path / "agent", tmp_path / "opens", int(time.time()) + in_s
+    agent.write_text(AGENT.replace("OPENS", str(opens)).replace("SAYS", SAYS[says]))
     agent.chmod(0o755)
-    until = int(time.time()) + 4
     opens.write_text(str(until))
-    box = make_box(f"runners: {{claude: {{preset: claude, command: [{agent}]}}}}\nmax_workers: 1\n")
+    return make_box(f"runners: {{claude: {{preset: claude, command: [{agent}]}}}}\nmax_workers: 1\n"), until
+
+
+@pytest.mark.row(47)
+def test_a_usage_limit_is_waited_for_by_the_whole_runner_and_uses_no_attempt(
+    make_box: MakeBox, tmp_path: Path
+) -> None:
+    box, until = _agent(make_box, tmp_path, "plain, exit 1", 3600)
     box.append({"task": "one", "id": "one", "runner": "claude", "prompt": "x", "priority": 1})
     shown = box.wait_state("one", "retryable")
     assert (shown["reason"], shown["waiting_for"]["reason"]) == ("usage_limit", "usage_limit")
     assert shown["waiting_for"]["until"] == time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(until))
-    box.append({"task": "two", "id": "two", "runner": "claude", "prompt": "x"}, {"task": "shell", "prompt": "echo on"})
+    box.append(
+        {"task": "two", "id": "two", "runner": "claude", "prompt": "x"},
+        {"task": "shell", "prompt": "echo on"},
+    )
     assert box.result("shell")["status"] == "success"
     two = box.show("two")
     assert (two["state"], two["waiting_for"]["reason"], two["attempts"]) == ("queued", "usage_limit", [])
     status = box.status()
     assert status["waiting"] == {"usage_limit": 2}
     assert status["runner_limits"]["claude"]["task_id"] == "one"
+    assert "agentqctl retry one" in [item["fix"] for item in status["attention"]]
     box.kill()
     box.start()
     assert box.show("two")["waiting_for"]["reason"] == "usage_limit"
+    (tmp_path / "opens").write_text("0")  # the account's limit was raised, and a person says so
+    assert box.ctl("retry", "one").returncode == 0
     assert [box.result(name)["attempt"] for name in ("one", "two")] == [2, 1]
-    assert time.time() >= until
     (alert,) = box.alerts("usage_limit")
     assert "runner claude" in alert["message"]
     assert (box.attempt_folder("one", 1).is_dir(), box.attempt_folder("one", 2).is_dir()) == (True, True)
+
+
+@pytest.mark.row(47)
+def test_a_limit_that_is_told_by_a_record_with_exit_0_ends_by_itself(
+    make_box: MakeBox, tmp_path: Path
+) -> None:
+    box, until = _agent(make_box, tmp_path, "a record, exit 0", 2)
+    box.append({"task": "one", "id": "one", "runner": "claude", "prompt": "x"})
+    told = box.result("one")
+    assert (told["status"], told["attempt"]) == ("success", 2)
+    assert time.time() >= until
+    assert [attempt["reason"] for attempt in box.show("one")["attempts"]] == ["usage_limit", None]
 
 
 def _why(box: RealBox, name: str) -> dict[str, Any]:
@@ -84,7 +110,11 @@ def test_every_cause_is_told_with_what_would_free_the_task(make_box: MakeBox, tm
     assert (after["reason"], after["tasks"]) == ("dependency", [{"id": "busy", "state": "running"}, {"id": "next", "state": "queued"}])  # fmt: skip
     assert _why(box, "later")["until"] == "2099-01-01T00:00:00.000Z"
     shut = _why(box, "shut")
-    assert (shut["reason"], shut["by"], "queues.shut.paused" in shut["text"]) == ("queue_paused", "config", True)
+    assert (shut["reason"], shut["by"], "queues.shut.paused" in shut["text"]) == (
+        "queue_paused",
+        "config",
+        True,
+    )
     assert "late.txt" in _why(box, "noprompt")["text"]
     backoff = _why(box, "retries")
     assert (backoff["reason"], backoff["cause"], backoff["attempts_used"], backoff["max_attempts"]) == ("backoff", "exit_code", 1, 3)  # fmt: skip
