@@ -12,20 +12,20 @@ import msgspec
 from agentqd.core.envelope import delivery_id, seal
 from agentqd.core.lifecycle import ACTIVE_STATES, Event, Result, State
 from agentqd.core.resolve import Resolved, resolve
-from agentqd.core.retry import LOST_REQUEUES_MAX, RETRIED_RESULTS, wait_s
 from agentqd.core.routing import Subject, sinks_for
 from agentqd.core.task import TaskRequest
 from agentqd.core.units import format_time
 from agentqd.core.usage_limit import Limit
 from agentqd.core.verdict import CANCELLED, Ended, Evidence, Verdict, judge
-from agentqd.core.waking import last_start_us, retry_wake_us, wake_times
+from agentqd.core.waking import retry_wake_us, wake_times
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
 from agentqd.loops.dropfolder import Handed, record
 from agentqd.loops.evidence import Seen, as_json
+from agentqd.loops.nextattempt import too_late, what_next
 from agentqd.loops.unblocking import candidates_after, request_of, unblock, what_blocks
-from agentqd.loops.usage_limits import USAGE_LIMIT, met
-from agentqd.storage import outbox, runner_limits
+from agentqd.loops.usage_limits import USAGE_LIMIT
+from agentqd.storage import outbox
 from agentqd.storage import tasks as store
 from agentqd.storage.tasks import AttemptRow, TaskRow
 from agentqd.storage.transaction import Transaction
@@ -77,7 +77,7 @@ def finish_attempt(tx: Transaction, box: Box, end: AttemptEnd) -> Finished | Non
     verdict = _verdict(end, evidence, resolved)
     said = _close_attempt(tx, task, attempt, end, verdict, evidence)
     _tell(tx, box, task, verdict)
-    event, again = _what_next(tx, box, task, attempt, end, verdict, resolved)
+    event, again = what_next(tx, box, task, attempt, (end.request, end.limit), verdict, resolved)
     if event is Event.FINISHED:
         moved = _finish(tx, task, event, verdict, said)
         data = result_data(box, moved, end, evidence, said, tx.now_us)
@@ -190,43 +190,6 @@ def evidence_json(end: AttemptEnd, evidence: Evidence) -> dict[str, Any]:
     return data
 
 
-def _what_next(
-    tx: Transaction,
-    box: Box,
-    task: TaskRow,
-    attempt: AttemptRow,
-    end: AttemptEnd,
-    verdict: Verdict,
-    resolved: Resolved,
-) -> tuple[Event, int | None]:
-    """The event that follows, and when the next attempt may start."""
-    limited = met(tx, box, task, end.limit) if end.limit is not None else None
-    if limited is None and verdict.result in _TELLS:
-        runner_limits.works_again(tx, task.runner)
-    if attempt.intent == CANCELLED:
-        return Event.FINISHED, None
-    times = wake_times(end.request, resolved, task.run_at)
-    last = last_start_us(times, expires=task.run_at == task.accepted_at)
-    if limited is not None:
-        may = last is None or limited < last
-        return (Event.ATTEMPT_ENDED, limited) if may else (Event.FINISHED, None)
-    if verdict.result is Result.LOST:
-        if resolved.on_lost == "hold":
-            return Event.ATTEMPT_HELD, None
-        lost = tx.one(
-            "SELECT count(*) FROM attempts WHERE task_seq=? AND run=? AND result='lost'", (task.seq, task.run)
-        )[0]
-        again = resolved.on_lost == "requeue" and lost < LOST_REQUEUES_MAX
-    else:
-        again = verdict.result in RETRIED_RESULTS and task.run_attempts < resolved.max_attempts
-    if not again:
-        return Event.FINISHED, None
-    wake = tx.now_us + int(wait_s(resolved.backoff, task.run_attempts) * US)
-    if last is not None and wake >= last:
-        return Event.FINISHED, None
-    return Event.ATTEMPT_ENDED, wake
-
-
 def _tell(tx: Transaction, box: Box, task: TaskRow, verdict: Verdict) -> None:
     if verdict.result is Result.NO_WORK:
         message = f"task {task.id} ({task.name}) ended with exit 0 and did no work: {verdict.detail}"
@@ -273,23 +236,12 @@ def _settle(tx: Transaction, box: Box, task: TaskRow) -> TaskRow:
     request = request_of(tx, task)
     reason, detail = what_blocks(tx, task, request)
     if reason is None:
-        late = _too_late(tx, box, task, request)
+        late = too_late(tx, box, task, request)
         return unblock(tx, box, task, request) if late is None else _end_waiting(tx, box, task, *late)
     if reason == "dependency_failed":
         return _end_waiting(tx, box, task, Event.REFUSED, Verdict(Result.REFUSED, reason, detail))
     tx.execute("UPDATE tasks SET reason = ?, detail = ? WHERE seq = ?", (reason, detail, task.seq))
     return store.get(tx, task.seq)
-
-
-def _too_late(tx: Transaction, box: Box, task: TaskRow, request: TaskRequest) -> tuple[Event, Verdict] | None:
-    """What is freed by the very turn in which its own time is over does not start any more."""
-    times = wake_times(request, resolve(request, task.queue, task.runner, box.settings), task.run_at)
-    over = {what for at, what in times if at <= tx.now_us}
-    if "expires" in over and task.run_at == task.accepted_at:
-        return Event.EXPIRED, Verdict(Result.EXPIRED, "expires_at")
-    if "total_timeout" in over:
-        return Event.FINISHED, Verdict(Result.TIMEOUT, "total_timeout")
-    return None
 
 
 def _settle_others(tx: Transaction, box: Box, ended: TaskRow) -> None:
