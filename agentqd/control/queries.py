@@ -22,8 +22,7 @@ ACTIVE_SEEN_MAX: Final = 1000
 
 TASK_COLUMNS: Final = (
     "seq, id, name, queue, runner, priority, state, result, reason, detail, run, attempt, run_attempts, submitted_at,"
-    " accepted_at, run_at, started_at, finished_at, wake_at, content, source,"
-    " retry_at"
+    " accepted_at, run_at, started_at, finished_at, wake_at, content, source"
 )
 _TASKS: Final = f"SELECT {TASK_COLUMNS} FROM tasks"  # noqa: S608 - fixed names
 

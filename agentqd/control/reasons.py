@@ -212,7 +212,7 @@ def _until(room: Room, task: TaskRow, written: Written, seen: SeenWaiting, reaso
     if reason == "start_time":
         return parse_time_us(written.not_before) if written.not_before else task.wake_at
     if task.state is State.RETRYABLE:
-        return task.retry_at
+        return task.wake_at
     if reason == USAGE_LIMIT:
         limit = seen.limits.get(task.runner)
         return None if limit is None else limit.until

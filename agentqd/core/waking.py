@@ -32,14 +32,6 @@ def next_wake_us(times: list[tuple[int, What]], now_us: int) -> int | None:
     return min(ahead) if ahead else None
 
 
-def retry_wake_us(
-    times: list[tuple[int, What]], retry_at_us: int | None, now_us: int, *, expires: bool
-) -> int | None:
-    """When a task that has had an attempt is looked at again: at its next one's time, or when it may have none any more."""
-    last = last_start_us(times, expires=expires)
-    return min((max(at, now_us) for at in (last, retry_at_us) if at is not None), default=None)
-
-
 def last_start_us(times: list[tuple[int, What]], *, expires: bool) -> int | None:
     """From then on no attempt starts any more."""
     return min(

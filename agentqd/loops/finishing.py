@@ -17,7 +17,6 @@ from agentqd.core.task import TaskRequest
 from agentqd.core.units import format_time
 from agentqd.core.usage_limit import Limit
 from agentqd.core.verdict import CANCELLED, Ended, Evidence, Verdict, judge
-from agentqd.core.waking import retry_wake_us, wake_times
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
 from agentqd.loops.dropfolder import Handed, record
@@ -77,27 +76,24 @@ def finish_attempt(tx: Transaction, box: Box, end: AttemptEnd) -> Finished | Non
     verdict = _verdict(end, evidence, resolved)
     said = _close_attempt(tx, task, attempt, end, verdict, evidence)
     _tell(tx, box, task, verdict)
-    event, again = what_next(tx, box, task, attempt, (end.request, end.limit), verdict, resolved)
+    event, wake = what_next(tx, box, task, attempt, (end.request, end.limit), verdict, resolved)
     if event is Event.FINISHED:
         moved = _finish(tx, task, event, verdict, said)
         data = result_data(box, moved, end, evidence, said, tx.now_us)
         add_result(tx, box, moved, end.request, data)
         _settle_others(tx, box, moved)
     else:
-        first_run = task.run_at == task.accepted_at
-        times = wake_times(end.request, resolved, task.run_at)
         moved = store.move_task(
             tx,
             task,
             event,
-            said=said if again is None else {**said, "next_at": format_time(again)},
+            said={**said, "next_at": format_time(wake)} if event is Event.ATTEMPT_ENDED else said,
             reason=verdict.reason,
             detail=verdict.detail,
             run_attempts=task.run_attempts - (1 if verdict.reason == USAGE_LIMIT else 0),
-            retry_at=again,
-            wake_at=retry_wake_us(times, again, tx.now_us, expires=first_run),
+            wake_at=wake,
         )
-        tx.later(lambda: _log_attempt(box, moved, verdict, again))
+        tx.later(lambda: _log_attempt(box, moved, verdict, wake))
     return Finished(moved, verdict)
 
 

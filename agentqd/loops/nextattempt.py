@@ -31,7 +31,8 @@ def what_next(
     verdict: Verdict,
     resolved: Resolved,
 ) -> tuple[Event, int | None]:
-    """The event that follows the end of an attempt, and when the next one may start. `asked`: the task, and the limit that it met."""
+    """The event that follows the end of an attempt, and when to look again: at the next one's time, or (held) when none may start
+    any more. `asked`: the task, and the limit that it met."""
     request, limit = asked
     limited = met(tx, box, task, limit) if limit is not None else None
     if limited is None and verdict.result in _TELLS:
@@ -45,7 +46,7 @@ def what_next(
         return (Event.ATTEMPT_ENDED, limited) if may else (Event.FINISHED, None)
     if verdict.result is Result.LOST:
         if resolved.on_lost == "hold":
-            return Event.ATTEMPT_HELD, None
+            return Event.ATTEMPT_HELD, last
         lost = tx.one(
             "SELECT count(*) FROM attempts WHERE task_seq=? AND run=? AND result='lost'", (task.seq, task.run)
         )[0]

@@ -132,7 +132,6 @@ def _now(tx: Transaction, box: Box, task: TaskRow) -> TaskRow:
             said={"by": "person"},
             reason=None,
             detail=None,
-            retry_at=None,
             wake_at=wake,
         )
     if task.state is State.QUEUED and lift(tx, task.runner, "person"):

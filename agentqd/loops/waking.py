@@ -13,7 +13,7 @@ from agentqd.core.lifecycle import Event, Result, State
 from agentqd.core.resolve import resolve
 from agentqd.core.task import TaskRequest, content_digest, prompt_digest, read_task
 from agentqd.core.units import format_duration
-from agentqd.core.waking import next_wake_us, retry_wake_us, wake_times
+from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box, Signal
 from agentqd.loops.finishing import finish_waiting, settle
@@ -108,11 +108,6 @@ class Waker:
         else:
             if "queue_timeout" in due and task.state is not State.HELD:
                 self._late(tx, task, resolved.queue_timeout_s or 0.0)
-            if task.state is State.RETRYABLE and (task.retry_at or 0) > tx.now_us:
-                first_run = task.run_at == task.accepted_at
-                after = retry_wake_us(times, task.retry_at, tx.now_us, expires=first_run)
-                store.set_wake(tx, task.seq, after)
-                return
             self._go_on(tx, task, after)
 
     def _go_on(self, tx: Transaction, task: TaskRow, after: int | None) -> None:

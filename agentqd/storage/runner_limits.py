@@ -14,8 +14,8 @@ _CLOSED: Final = "SELECT runner FROM runner_limits WHERE until > ?"
 _PUT: Final = "INSERT OR REPLACE INTO runner_limits (runner, since, until, known, strikes, task_id) VALUES (?,?,?,?,?,?)"
 _NEXT: Final = "SELECT min(until) FROM runner_limits WHERE until IS NOT NULL"
 _WAITING: Final = (
-    "UPDATE tasks SET retry_at = ?1, wake_at = ?1"
-    " WHERE state = 'retryable' AND reason = 'usage_limit' AND runner = ?2 AND retry_at > ?1"
+    "UPDATE tasks SET wake_at = ?1"
+    " WHERE state = 'retryable' AND reason = 'usage_limit' AND runner = ?2 AND wake_at > ?1"
 )
 
 

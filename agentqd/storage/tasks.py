@@ -16,8 +16,7 @@ from agentqd.storage.transaction import Transaction
 
 _COLUMNS: Final = (
     "seq, id, name, queue, runner, priority, state, result, reason, detail, run, attempt, run_attempts, submitted_at,"
-    " accepted_at, run_at, started_at, finished_at, wake_at, content, source,"
-    " retry_at"
+    " accepted_at, run_at, started_at, finished_at, wake_at, content, source"
 )
 _SELECT: Final = f"SELECT {_COLUMNS} FROM tasks"  # noqa: S608 - fixed names
 _BY_SEQ: Final = f"{_SELECT} WHERE seq = ?"
@@ -70,7 +69,6 @@ class TaskRow(msgspec.Struct, frozen=True):
     wake_at: int | None
     content: bytes
     source: str
-    retry_at: int | None = None  # no attempt before this time (while `retryable`)
 
 
 class NewTask(msgspec.Struct):

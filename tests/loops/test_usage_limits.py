@@ -61,7 +61,7 @@ async def test_a_limit_uses_no_attempt_and_is_waited_for(ready: Bench) -> None:
             0,
             turn,
         )
-        assert task.retry_at == ready.clock.now_us() + HOUR * US
+        assert task.wake_at == ready.clock.now_us() + HOUR * US
         await _pass(ready, HOUR - 1)
         assert len(ready.claims) == turn
         await _pass(ready, 1)
@@ -122,7 +122,7 @@ async def test_an_unknown_time_is_guessed_and_the_guesses_grow(ready: Bench) -> 
     await ready.add(id="a", runner="claude")
     for wait_s in (900, 1800, 3600, 3600):
         await _limited(ready, "a", None)
-        assert (await ready.task("a")).retry_at == ready.clock.now_us() + wait_s * US
+        assert (await ready.task("a")).wake_at == ready.clock.now_us() + wait_s * US
         await _pass(ready, wait_s)
 
 
@@ -130,7 +130,7 @@ async def test_a_time_that_was_said_beats_a_guess_and_the_later_word_the_earlier
     await ready.admit({"id": "a", "runner": "claude"}, {"id": "b", "runner": "claude"})
     await _limited(ready, "a", 7200)
     await _limited(ready, "b", None)
-    assert (await ready.task("b")).retry_at == (await ready.task("a")).retry_at
+    assert (await ready.task("b")).wake_at == (await ready.task("a")).wake_at
     await ready.do(lambda tx: lift(tx, "claude", "test"))
     await _pass(ready, 0)
     await _limited(ready, "a", 60)

@@ -1,7 +1,3 @@
--- A waiting task that backs off, or whose runner's usage limit is reached, starts no attempt before this time.
-ALTER TABLE tasks ADD COLUMN retry_at INTEGER;
-UPDATE tasks SET retry_at = wake_at WHERE state = 'retryable';
-
 -- Runners whose usage limit is reached: none of their tasks starts before `until`. NULL: it is over, the next attempt will tell.
 CREATE TABLE runner_limits (
     runner  TEXT PRIMARY KEY,
