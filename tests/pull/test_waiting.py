@@ -99,7 +99,7 @@ def test_logs_f_cut_at_any_place_repeats_and_misses_no_byte(proxied: tuple[RealB
     for cut in points(list(proxy.seen)):
         proxy.begin(lambda number, cut=cut: cut if number == cut.number else None)  # type: ignore[misc]
         assert followed(client(proxy), "t") == whole, cut
-        assert proxy.cut_count == 1
+        wait_for("the cut to be counted", lambda: proxy.cut_count == 1)
 
 
 def test_logs_f_of_a_growing_output_through_cuts_and_a_restart_is_byte_for_byte(
