@@ -170,7 +170,7 @@ def _wrong_dependency(
             if row.seq == refused.seq or tx.one(_COMES_AFTER, (row.seq, refused.seq)) is not None:
                 return InvalidTask(
                     f"after: {name} comes after {refused.id} itself: neither could ever run",
-                    code="waits_for_itself",
+                    code="dependency_cycle",
                     field="after",
                 )
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from agentqd.core.errors import IllegalTransition, NoSuchTask, WriteConflict
 from agentqd.core.lifecycle import ACTIVE_STATES, Event, Result, State
@@ -14,7 +14,7 @@ from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.box import Box
 from agentqd.loops.finishing import finish_waiting, settle
 from agentqd.loops.supervision import Supervision
-from agentqd.loops.unblocking import request_of, what_blocks
+from agentqd.loops.unblocking import DEPENDENCY, request_of, what_blocks
 from agentqd.loops.usage_limits import USAGE_LIMIT, lift
 from agentqd.storage import intents, outbox
 from agentqd.storage import tasks as store
@@ -73,7 +73,7 @@ def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
     """A new run of a finished task: its attempts start anew, its result gets a new id, delivered keys are not sent again.
     Of a task that backs off, or waits for a usage limit: its next attempt now.
 
-    What it once came after has no say any more: a person's word.
+    Of the tasks that it comes after those that have ended have no say any more (a person's word); those that have not, have.
     Raises NoSuchTask, IllegalTransition (neither), WriteConflict (its places are claimed by another task now).
     """
     task = must_find(tx, task_id)
@@ -95,8 +95,12 @@ def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
         detail=None,
         wake_at=next_wake_us([(at, what) for at, what in times if what != "expires"], tx.now_us),
     )
+    tx.execute(_FORGET_ENDED, (task.seq,))
     if request.writes_to:
         _claim_again(tx, task, request, resolved)
+    reason, detail = what_blocks(tx, moved, request)
+    if reason == DEPENDENCY:
+        return store.move_task(tx, moved, Event.BLOCKED, reason=reason, detail=detail)
     return moved
 
 
@@ -143,6 +147,12 @@ def _now(tx: Transaction, box: Box, task: TaskRow) -> TaskRow:
     raise IllegalTransition(
         f"task {task.id} {what}; nothing was changed", state=task.state.value, reason=task.reason
     )
+
+
+_FORGET_ENDED: Final = (
+    "DELETE FROM dependencies WHERE task_seq = ?1 AND on_seq IN (SELECT t.seq FROM dependencies d"
+    " JOIN tasks t ON t.seq = d.on_seq WHERE d.task_seq = ?1 AND t.state = 'finished')"
+)
 
 
 def change_rows(

@@ -50,8 +50,6 @@ def what_blocks(tx: Transaction, task: TaskRow, request: TaskRequest) -> tuple[s
         "SELECT t.id, t.state, t.result FROM dependencies d JOIN tasks t ON t.seq = d.on_seq WHERE d.task_seq = ?",
         (task.seq,),
     ).fetchall()
-    if task.run_at != task.accepted_at:  # a person's retry beats what it once came after
-        rows = []
     policy = request.after_policy or "success"
     open_ = [row[0] for row in rows if row[1] != State.FINISHED.value]
     failed = [row[0] for row in rows if row[1] == State.FINISHED.value and row[2] != Result.SUCCESS.value]

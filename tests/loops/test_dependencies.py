@@ -139,8 +139,10 @@ async def test_a_task_that_is_retried_anew_is_waited_for_again_and_what_it_faile
     await ready.do(lambda tx: retry(tx, ready.box, "a"))
     await ready.add(id="c", after="a")
     assert await ready.states("b", "c") == ["finished", "blocked"]
+    await ready.do(lambda tx: retry(tx, ready.box, "b"))  # waits for a's new run
+    assert await ready.states("b") == ["blocked"]
     await ready.end("a", 0)
-    assert [claim.task.id for claim in ready.claims] == ["a", "a", "c"]
+    assert [claim.task.id for claim in ready.claims] == ["a", "a", "b"]
 
 
 async def test_a_persons_retry_runs_what_its_dependency_had_ended(ready: Bench) -> None:

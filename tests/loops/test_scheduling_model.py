@@ -180,9 +180,9 @@ class Model:
     def retry(self, task: Task) -> bool:
         if task.state != "finished":
             return self.at_once(task)
-        task.after = []  # a person's word
+        task.after = [name for name in task.after if self.tasks[name].state != "finished"]
         task.attempts, task.losses, task.first_run, task.success = 0, 0, False, False
-        task.state = "queued"
+        task.state = "blocked" if task.after else "queued"
         return True
 
     def cancel(self, task: Task) -> bool:
