@@ -13,7 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import choosing, intake, machine, remote, rest, spawn_latency, status, throughput, waiting
+from benchmarks import (
+    choosing,
+    claims,
+    intake,
+    machine,
+    remote,
+    rest,
+    spawn_latency,
+    status,
+    throughput,
+    waiting,
+)
 from benchmarks.measure import Row
 
 _OUTPUT = Path(__file__).with_name("last-run.json")
@@ -55,6 +66,7 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         "choosing": lambda: choosing.measure(
             _sub(folder, "choosing"), 100_000 if quick else 1_000_000, 50 if quick else 200
         ),
+        "claims": lambda: claims.measure(_sub(folder, "claims"), 10_000, samples),
         "rest": lambda: rest.measure(folder, 5 if quick else 30),
         "status": lambda: status.measure(folder, samples),
         "remote": lambda: remote.measure(
@@ -144,6 +156,7 @@ def _parse() -> argparse.Namespace:
             "intake",
             "waiting",
             "choosing",
+            "claims",
             "rest",
             "status",
             "remote",

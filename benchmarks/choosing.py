@@ -100,9 +100,17 @@ class Side:
                     (holders, first + holders),
                 )
             else:
-                sql = "INSERT INTO intents SELECT seq, '/srv/' || (seq - ?), 'x', 'queue', 1, NULL FROM tasks WHERE seq >= ? AND seq < ?"
+                sql = (
+                    "INSERT INTO intents (task_seq, path, given, policy, claimed_at, expires_at, place, head)"
+                    " SELECT seq, '/srv/' || (seq - ?1), 'x', 'queue', 1, NULL, seq, '/srv/' || (seq - ?1)"
+                    " FROM tasks WHERE seq >= ?2 AND seq < ?3"
+                )
                 tx.execute(sql, (0, first, first + holders))
                 tx.execute(sql, (holders, first + holders, at))
+                waits = (
+                    "INSERT INTO claim_waits (task_seq, on_seq) SELECT seq, seq - ? FROM tasks WHERE seq >= ?"
+                )
+                tx.execute(waits, (holders, first + holders))
         self._insert(tx, at, self.waiting - at + 1, "i % 3 - 1", "queued", "NULL", _PLAIN)
         tx.execute(
             "INSERT INTO task_counts SELECT queue, state, '', count(*) FROM tasks GROUP BY queue, state"

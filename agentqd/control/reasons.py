@@ -20,10 +20,11 @@ from agentqd.core.limits import AHEAD_SEEN_MAX, DEPENDENCIES_SHOWN, WAITING_REAS
 from agentqd.core.resolve import resolve
 from agentqd.core.task import read_task
 from agentqd.core.units import format_time, parse_time_us
+from agentqd.loops.claiming import WRITE_CONFLICT, in_line
 from agentqd.loops.scheduling import ready_reason, waiting_reason
-from agentqd.loops.unblocking import DEPENDENCY, WRITE_CONFLICT
+from agentqd.loops.unblocking import DEPENDENCY
 from agentqd.loops.usage_limits import USAGE_LIMIT
-from agentqd.storage import intents, runner_limits
+from agentqd.storage import runner_limits
 from agentqd.storage import tasks as store
 from agentqd.storage.runner_limits import RunnerLimit
 from agentqd.storage.tasks import TaskRow
@@ -91,10 +92,8 @@ class Looker:
         if self._conflicts_left <= 0:
             return []
         self._conflicts_left -= 1
-        paths = intents.paths_of(self._connection, task.seq)
-        related = {row[0] for row in self._connection.execute(queries.DEPENDS_ON, (task.seq,))}
-        found = intents.conflicts_of(self._connection, paths, related, before_seq=task.seq)
-        return [{**each.as_json(), "own_path": each.path} for each in found[:DEPENDENCIES_SHOWN]]
+        before = in_line(self._connection, task)
+        return [] if before is None else [{**before.as_json(), "own_path": before.path}]
 
 
 def waiting_for(room: Room, task: TaskRow, written: Written, seen: SeenWaiting) -> dict[str, Any] | None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from agentqd.core.errors import IllegalTransition, NoSuchTask, WriteConflict
+from agentqd.core.errors import IllegalTransition, NoSuchTask
 from agentqd.core.lifecycle import ACTIVE_STATES, Event, Result, State
 from agentqd.core.outbox import TABLE, RowEvent, RowState
-from agentqd.core.resolve import Resolved, resolve
-from agentqd.core.task import TaskRequest
+from agentqd.core.resolve import resolve
 from agentqd.core.verdict import CANCELLED
 from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.box import Box
+from agentqd.loops.claiming import claim_again
 from agentqd.loops.finishing import finish_waiting, settle
 from agentqd.loops.supervision import Supervision
-from agentqd.loops.unblocking import DEPENDENCY, request_of, what_blocks
+from agentqd.loops.unblocking import request_of, what_blocks
 from agentqd.loops.usage_limits import USAGE_LIMIT, lift
-from agentqd.storage import intents, outbox
+from agentqd.storage import outbox
 from agentqd.storage import tasks as store
 from agentqd.storage.paths import resolve_intents
 from agentqd.storage.tasks import TaskRow
@@ -74,7 +74,7 @@ def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
     Of a task that backs off, or waits for a usage limit: its next attempt now.
 
     Of the tasks that it comes after those that have ended have no say any more (a person's word); those that have not, have.
-    Raises NoSuchTask, IllegalTransition (neither), WriteConflict (its places are claimed by another task now).
+    It claims its places anew, under the policy of today. Raises NoSuchTask, IllegalTransition (neither), WriteConflict.
     """
     task = must_find(tx, task_id)
     if task.state is not State.FINISHED:
@@ -96,25 +96,12 @@ def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
         wake_at=next_wake_us([(at, what) for at, what in times if what != "expires"], tx.now_us),
     )
     tx.execute(_FORGET_ENDED, (task.seq,))
-    if request.writes_to:
-        _claim_again(tx, task, request, resolved)
+    writes = resolve_intents(request.writes_to or [], resolved.workdir)
+    claim_again(tx, box, moved, writes, resolved.on_conflict)
     reason, detail = what_blocks(tx, moved, request)
-    if reason == DEPENDENCY:
+    if reason is not None:
         return store.move_task(tx, moved, Event.BLOCKED, reason=reason, detail=detail)
     return moved
-
-
-def _claim_again(tx: Transaction, task: TaskRow, request: TaskRequest, resolved: Resolved) -> None:
-    """Raises WriteConflict."""
-    paths = resolve_intents(request.writes_to or [], resolved.workdir)
-    conflicts = intents.conflicts_of(tx, [path for path, _ in paths], set(request.after_list()))
-    if conflicts and resolved.on_conflict != "warn":
-        first = conflicts[0]
-        raise WriteConflict(
-            f"task {first.task_id} ({first.task}) has claimed {first.other_path} meanwhile; nothing was changed",
-            conflicts=[each.as_json() for each in conflicts],
-        )
-    intents.claim(tx, task.seq, paths, resolved.on_conflict)
 
 
 def _now(tx: Transaction, box: Box, task: TaskRow) -> TaskRow:

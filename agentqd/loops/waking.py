@@ -16,9 +16,10 @@ from agentqd.core.units import format_duration
 from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box, Signal
+from agentqd.loops.claiming import WRITE_CONFLICT
 from agentqd.loops.finishing import finish_waiting, settle
 from agentqd.loops.preparing import PROMPT_LOOK_AGAIN_US, prompt_roots
-from agentqd.loops.unblocking import DEPENDENCY, WRITE_CONFLICT
+from agentqd.loops.unblocking import DEPENDENCY
 from agentqd.storage import runner_limits
 from agentqd.storage import tasks as store
 from agentqd.storage.prompts import Missing, read_prompt
