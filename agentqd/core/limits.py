@@ -48,6 +48,7 @@ JSON_CHECK_BYTES_MAX = 32 * MIB
 ENTRY_BYTES_MAX = 256 * MIB
 ENTRIES_PER_TASK_MAX = 10_000
 ENTRY_KEY_BYTES_MAX = 255
+ATTACHMENTS_MAX = 100  # of one entry
 
 # Usage limits of agents: what is looked at of a failed attempt's stdout and of its stderr, and what is believed.
 USAGE_LIMIT_TAIL_BYTES = 32 * KIB
@@ -78,6 +79,7 @@ LEFT_BEHIND_NAMED_MAX = 50
 SINK_ERROR_CHARS_MAX = 500
 COMPLETIONS_BATCH_MAX = 1000
 RETRY_AFTER_MAX_S = 86400.0
+PROGRESS_BYTES_MAX = 16 * KIB  # what a sink keeps with a row between tries
 CONCURRENCY_START = 5  # to one destination
 CONCURRENCY_MAX = 20
 FRESH_ROWS_MAX = 2000  # new rows kept in memory a sink; beyond them they are read back from the journal

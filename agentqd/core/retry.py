@@ -30,6 +30,7 @@ class Schedule(msgspec.Struct, frozen=True):
     max_s: float
     lifetime_s: float | None
     busy_min_s: float = 0.0
+    by_age: bool = False  # Postfix: wait as long as the row is old, between the first step and `max_s`
 
 
 def wait_s(backoff: Backoff, failures: int, max_s: float = TASK_BACKOFF_MAX_S) -> float:
@@ -41,13 +42,22 @@ def wait_s(backoff: Backoff, failures: int, max_s: float = TASK_BACKOFF_MAX_S) -
 
 
 def next_try_s(
-    schedule: Schedule, failures: int, draw: float, retry_after_s: float | None, *, busy: bool = False
+    schedule: Schedule,
+    failures: int,
+    draw: float,
+    retry_after_s: float | None,
+    *,
+    busy: bool = False,
+    age_s: float = 0.0,
 ) -> float:
     """Seconds until an outbox row's next try. `draw` in [0, 1) is the jitter's random number.
 
     Retry-After is a floor, up to a day; negative or NaN, it is none. `busy`: the schedule's `busy_min_s` is one, too.
     """
-    base = wait_s(Backoff(schedule.steps_s, doubles=schedule.doubles), failures, schedule.max_s)
+    if schedule.by_age:
+        base = min(max(age_s, schedule.steps_s[0]), schedule.max_s)
+    else:
+        base = wait_s(Backoff(schedule.steps_s, doubles=schedule.doubles), failures, schedule.max_s)
     floor_s = schedule.busy_min_s if busy else 0.0
     jittered = max(base, floor_s) * (1 + JITTER * draw)
     return max(jittered, min(retry_after_s or 0.0, RETRY_AFTER_MAX_S))  # jittered first: NaN never wins

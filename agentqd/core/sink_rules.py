@@ -9,15 +9,19 @@ from typing import Final
 import msgspec
 
 from agentqd.core.config_problem import Problem, at_least_one, nearest
+from agentqd.core.mailaddress import address, named_address, pattern
 from agentqd.core.routing import COMPLETIONS, REJECTED
 from agentqd.core.settings import SINK_TYPES, Sink
 
 Key = tuple[str | int, ...]
+_LOOPBACK: Final = re.compile(r"127(?:\.[0-9]{1,3}){3}")
+SMTP_PORTS: Final = {"starttls": 587, "tls": 465, "none": 25}
 _WORD: Final = re.compile(r"[A-Za-z0-9_\[\]:.%@][A-Za-z0-9_\[\]:.%@+-]{0,254}")
 READY_SINK_TYPES: Final = (  # those that have a plug
     "file",
     "command",
     "ssh",
+    "email",
 )
 _COMMON: Final = frozenset(
     {"type", "timeout", "backoff", "backoff_max", "lifetime", "concurrency", "ordered"}
@@ -108,6 +112,39 @@ def _check_ssh(key: Key, sink: Sink) -> Iterator[Problem]:
         yield Problem((*key, "concurrency"), "a sink of type ssh sends one at a time")
 
 
+def _check_email(key: Key, sink: Sink) -> Iterator[Problem]:
+    if sink.host is not None and not _WORD.fullmatch(sink.host):
+        yield Problem((*key, "host"), f"{sink.host!r} is no name")
+    if sink.port is not None and not 1 <= sink.port <= 65535:
+        yield Problem((*key, "port"), f"{sink.port} is no port")
+    yield from _bad((*key, "from"), named_address, [sink.from_] if sink.from_ is not None else [])
+    yield from _bad((*key, "to"), address, [sink.to] if isinstance(sink.to, str) else sink.to or [])
+    yield from _bad((*key, "allow_to"), pattern, sink.allow_to or [])
+    for one, other in (("username", "password_file"), ("password_file", "username")):
+        if getattr(sink, one) is not None and getattr(sink, other) is None:
+            yield Problem((*key, one), f"needs {other}, too")
+    if sink.username is not None and not (sink.username and sink.username.isprintable()):
+        yield Problem((*key, "username"), "is empty or has control characters")
+    if sink.username is not None and sink.tls == "none" and not is_loopback(sink.host or ""):
+        yield Problem(
+            (*key, "tls"), "none, but a password is never sent without TLS (only to this machine itself)"
+        )
+    yield from secret_place((*key, "password_file"), sink.password_file)
+
+
+def is_loopback(host: str) -> bool:
+    """Is this plainly this machine itself?"""
+    return host == "localhost" or host in {"::1", "[::1]"} or bool(_LOOPBACK.fullmatch(host))
+
+
+def _bad(key: Key, check: Callable[[str], object], values: list[str]) -> Iterator[Problem]:
+    for value in values:
+        try:
+            check(value)
+        except ValueError as error:
+            yield Problem(key, str(error))
+
+
 def _given(sink: Sink) -> Iterator[str]:
     for field in msgspec.structs.fields(sink):
         if getattr(sink, field.name) is not None:
@@ -118,4 +155,5 @@ _OF_TYPE: Final[dict[str, Callable[[Key, Sink], Iterator[Problem]]]] = {
     "file": _check_file,
     "command": _check_command,
     "ssh": _check_ssh,
+    "email": _check_email,
 }

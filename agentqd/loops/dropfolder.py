@@ -5,7 +5,8 @@ Rules (design, "What a worker hands over before it ends"):
 2. A file that somebody may still be writing (a read lease says so) is not taken, unless the attempt has exited by itself.
 3. After a death by signal a file not yet taken counts only if it is a `.json` that parses; others are `incomplete`.
 4. A `.json` that does not parse, names what is not there or reaches outside its folders is `malformed`: set aside, told.
-5. The content is in our own storage, durable, before the entry is committed.
+5. The content, and what it brings as attachments, is in our own storage, durable, before the entry is committed.
+6. A `.json` is always looked into for its address; one too large for that is set aside, never sent where it may not want to go.
 
 `scan` is blocking file work (evidence thread); `record` is a journal unit's part.
 """
@@ -27,9 +28,11 @@ from agentqd.core.resolve import resolve
 from agentqd.core.routing import Subject, known_sink, sinks_for
 from agentqd.core.task import TaskRequest
 from agentqd.loops.alerts import alert
+from agentqd.loops.attachments import Attached, BeingWritten, Unfit, capture
 from agentqd.loops.box import Box
 from agentqd.storage import outbox
-from agentqd.storage.files import fsync_folder, printable_name
+from agentqd.storage.blobs import copy_in
+from agentqd.storage.files import printable_name
 from agentqd.storage.tasks import TaskRow
 from agentqd.storage.transaction import Transaction
 from agentqd.system.leases import has_writer
@@ -37,7 +40,6 @@ from agentqd.system.leases import has_writer
 How = Literal["alive", "exited", "killed"]  # the attempt: still running, ended by itself, ended by a signal
 RESULT_KEY: Final = "result.json"
 _OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-_CHUNK: Final = 1024 * 1024
 Identity = tuple[int, int, int]  # inode, size, mtime
 
 
@@ -51,6 +53,8 @@ class Handed(msgspec.Struct, frozen=True):
     content: bytes | None  # None: large, see blob
     blob: str | None = None  # path of our own durable copy
     broken: str | None = None  # incomplete, malformed: ..., too_large
+    deliver_to: list[str] | None = None  # what it says itself
+    attachments: tuple[Attached, ...] = ()
 
 
 class Scan(msgspec.Struct, frozen=True):
@@ -93,76 +97,76 @@ def scan(folder: str, blobs: str, taken: Mapping[str, Identity], how: How, entry
                 waiting += 1
                 if how == "alive":
                     continue
-            handed.append(_read(descriptor, printable_name(name), identity, blobs, how, entry_bytes_max))
+            key = printable_name(name)
+            handed.append(_read(descriptor, key, identity, folder, blobs, how, entry_bytes_max))
+        except BeingWritten:
+            waiting += 1
         finally:
             os.close(descriptor)
     return Scan(handed, waiting, problems)
 
 
 def _read(
-    descriptor: int, name: str, identity: Identity, blobs: str, how: How, entry_bytes_max: int
+    descriptor: int, name: str, identity: Identity, drop: str, blobs: str, how: How, entry_bytes_max: int
 ) -> Handed:
+    """Raises BeingWritten (an attachment), or OSError where copying fails."""
     size = identity[1]
     if size > entry_bytes_max:
-        return Handed(
-            name,
-            identity,
-            "",
-            size,
-            b"",
-            broken=f"too_large: {size} bytes (limits.entry_bytes_max is {entry_bytes_max})",
-        )
+        broken = f"too_large: {size} bytes (limits.entry_bytes_max is {entry_bytes_max})"
+        return Handed(name, identity, "", size, b"", broken=broken)
+    content: bytes | None
     if size > limits.ENTRY_INLINE_BYTES_MAX:
-        digest, blob = _copy(descriptor, size, blobs)
-        broken = "incomplete" if how == "killed" and not _parses(name, blob, size) else None
-        return Handed(name, identity, digest, size, None, blob=blob, broken=broken)
-    content = os.pread(descriptor, size + 1, 0)
-    digest = hashlib.sha256(content).hexdigest()
-    broken = None
-    if name.endswith(".json"):
-        try:
-            msgspec.json.decode(content)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            broken = "incomplete" if how == "killed" else f"malformed: {error}"[: limits.SINK_ERROR_CHARS_MAX]
-    elif how == "killed":
-        broken = "incomplete"
-    return Handed(name, identity, digest, len(content), content, broken=broken)
-
-
-def _parses(name: str, blob: str, size: int) -> bool:
-    """Is this large file, after a kill, a `.json` that parses? Beyond the limit it is not read, and counts as incomplete."""
-    if not name.endswith(".json") or size > limits.JSON_CHECK_BYTES_MAX:
-        return False
-    with open(blob, "rb") as file:
-        try:
-            msgspec.json.decode(file.read())
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return False
-    return True
-
-
-def _copy(descriptor: int, size: int, blobs: str) -> tuple[str, str]:
-    """Into blobs/ under its digest, durably; hashed while copied."""
-    os.makedirs(blobs, mode=0o700, exist_ok=True)
-    temporary = f"{blobs}/.tmp-{os.getpid()}-{os.urandom(6).hex()}"
-    digest = hashlib.sha256()
-    out = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        copy = copy_in(descriptor, size, blobs)
+        content, handed = None, Handed(name, identity, copy.sha256, copy.bytes, None, blob=copy.path)
+    else:
+        content = os.pread(descriptor, size + 1, 0)
+        handed = Handed(name, identity, hashlib.sha256(content).hexdigest(), len(content), content)
+    if not name.endswith(".json"):
+        return msgspec.structs.replace(handed, broken="incomplete") if how == "killed" else handed
     try:
-        offset = 0
-        while offset < size and (chunk := os.pread(descriptor, min(_CHUNK, size - offset), offset)):
-            digest.update(chunk)
-            os.write(out, chunk)
-            offset += len(chunk)
-        os.fsync(out)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    finally:
-        os.close(out)
-    path = f"{blobs}/{digest.hexdigest()}"
-    os.rename(temporary, path)
-    fsync_folder(blobs)
-    return digest.hexdigest(), path
+        fields = _fields(descriptor, content, size)
+        if fields is None:
+            return handed
+        attached = capture(drop, fields, blobs, entry_bytes_max - size, wait_for_writers=how == "alive")
+        return msgspec.structs.replace(handed, deliver_to=_sinks(fields), attachments=attached)
+    except Unfit as problem:
+        return msgspec.structs.replace(handed, broken=str(problem)[: limits.SINK_ERROR_CHARS_MAX])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        broken = "incomplete" if how == "killed" else f"malformed: {error}"[: limits.SINK_ERROR_CHARS_MAX]
+        return msgspec.structs.replace(handed, broken=broken)
+
+
+def _fields(descriptor: int, content: bytes | None, size: int) -> dict[str, Any] | None:
+    """The object's fields (of a large one, only what addresses it has its value); None: it is no object.
+
+    Raises Unfit for what is too large to be looked into: it might say where it goes, and would go elsewhere.
+    """
+    if content is not None:
+        value = msgspec.json.decode(content)
+        return value if isinstance(value, dict) else None
+    if size > limits.JSON_CHECK_BYTES_MAX:
+        most = limits.JSON_CHECK_BYTES_MAX
+        raise Unfit(
+            f"too_large: a .json of {size} bytes is not read for its address (at most {most}); give data another name"
+        )
+    whole = os.pread(descriptor, size, 0)
+    if whole.lstrip()[:1] != b"{":
+        msgspec.json.decode(whole, type=msgspec.Raw)
+        return None
+    raw = msgspec.json.decode(whole, type=dict[str, msgspec.Raw])
+    return {
+        name: msgspec.json.decode(raw[name]) if name in {"deliver_to", "attachments"} else None
+        for name in raw
+    }
+
+
+def _sinks(fields: dict[str, Any]) -> list[str] | None:
+    """Its own deliver_to; None: it has none. Raises Unfit."""
+    wanted = fields.get("deliver_to")
+    names = [wanted] if isinstance(wanted, str) else wanted
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise Unfit("malformed: deliver_to is not a list of sink names")
+    return names
 
 
 def record(
@@ -171,15 +175,18 @@ def record(
     """Write the entries that are new; tell of those that are not as they should be. Returns the sound keys, repeats too."""
     sound: set[str] = set()
     for item in found:
-        broken = item.broken or _self_address_problem(item, box, task, attempt)
+        entry_id = delivery_id(box.state_id, task.id, task.run, "entry", item.key)
+        known = tx.one("SELECT seq, blob, payload FROM entries WHERE delivery_id = ?", (entry_id,))
+        if known is not None and _is_same(item, bytes(known[2])):  # its attachments may be gone by now
+            sound.add(item.key)
+            continue
+        broken = item.broken or _unknown_sink(item, box)
         if broken is not None:
             _set_aside(tx, box, task, request, attempt, item, broken)
             continue
-        entry_id = delivery_id(box.state_id, task.id, task.run, "entry", item.key)
         sound.add(item.key)
-        known = tx.one("SELECT seq, blob, payload FROM entries WHERE delivery_id = ?", (entry_id,))
         if known is not None:
-            _compare(tx, box, task, attempt, item, bytes(known[2]))
+            _tell_conflict(tx, box, task, attempt, item)
             continue
         _write(tx, box, task, request, attempt, item, entry_id, None)
         tx.event(
@@ -208,8 +215,10 @@ def _write(
         "sha256": item.sha256,
         **_content(item),
     }
+    if item.attachments:
+        data["attachments"] = [msgspec.structs.asdict(each) for each in item.attachments]
     subject = Subject(type_, task.queue, task.runner, "", tuple(request.labels or ()))
-    own = _own_sinks(item)
+    own = item.deliver_to if item.broken is None else None
     defaults = resolve(request, task.queue, task.runner, box.settings).deliver_to
     outbox.add_entry(
         tx,
@@ -225,6 +234,7 @@ def _write(
             task_id=task.id,
             sinks=sinks_for(box.settings, subject, own if own is not None else request.deliver_to, defaults),
             blob=item.blob,
+            attachments=[each.path for each in item.attachments],
             dead_reason=dead,
         ),
     )
@@ -242,39 +252,10 @@ def _content(item: Handed) -> dict[str, Any]:
         return {"content_base64": base64.b64encode(item.content).decode("ascii")}
 
 
-def _addressed(item: Handed) -> dict[str, Any] | None:
-    if item.content is None or not item.key.endswith(".json") or item.broken is not None:
-        return None
-    value = msgspec.json.decode(item.content)
-    return value if isinstance(value, dict) else None
-
-
-def _own_sinks(item: Handed) -> list[str] | None:
-    value = (_addressed(item) or {}).get("deliver_to")
-    return [value] if isinstance(value, str) else value
-
-
-def _self_address_problem(item: Handed, box: Box, task: TaskRow, attempt: int) -> str | None:
-    """Why a self-addressed entry cannot be taken as it is, or None."""
-    fields = _addressed(item)
-    if fields is None:
-        return None
-    wanted = fields.get("deliver_to")
-    names = [wanted] if isinstance(wanted, str) else wanted
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        return "malformed: deliver_to is not a list of sink names"
-    for name in names or ():
+def _unknown_sink(item: Handed, box: Box) -> str | None:
+    for name in item.deliver_to or ():
         if not known_sink(box.settings, name):
             return f"malformed: deliver_to names no sink of this box: {name[:64]!r}"
-    attachments = fields.get("attachments")
-    if attachments is not None and "deliver_to" in fields:
-        if not (isinstance(attachments, list) and all(isinstance(path, str) for path in attachments)):
-            return "malformed: attachments is not a list of paths"
-        folder = os.path.realpath(box.folders.attempt(task.id, attempt))
-        for path in attachments:
-            real = "" if "\0" in path else os.path.realpath(os.path.join(f"{folder}/outbox", path))
-            if not real.startswith((f"{folder}/outbox/", f"{folder}/work/")):
-                return f"malformed: the attachment {path[:120]!r} lies outside the drop and output folders"
     return None
 
 
@@ -303,10 +284,13 @@ def _set_aside(
     )
 
 
-def _compare(tx: Transaction, box: Box, task: TaskRow, attempt: int, item: Handed, payload: bytes) -> None:
-    """The key is taken: the same content is a repeat, another one is told and not sent."""
-    if f'"sha256":"{item.sha256}"'.encode() in payload:
-        return
+def _is_same(item: Handed, payload: bytes) -> bool:
+    """Has the entry that was taken under this key the same content?"""
+    return bool(item.sha256) and f'"bytes":{item.size},"sha256":"{item.sha256}"'.encode() in payload
+
+
+def _tell_conflict(tx: Transaction, box: Box, task: TaskRow, attempt: int, item: Handed) -> None:
+    """The key is taken by other content: that is told and not sent."""
     tx.event(task.id, "entry_conflict", key=item.key, attempt=attempt, sha256=item.sha256)
     alert(
         tx,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Final
 
@@ -22,23 +23,22 @@ DISABLED: Final = "the sink is disabled: "  # begins the reason of every row tha
 def mark_for(row: DueRow, outcome: Outcome, schedule: Schedule, draw: float, now_us: int) -> Mark:
     """The row's mark. A deferred row whose next try would lie beyond its lifetime is dead."""
     attempts = row.attempts + 1
+    made = functools.partial(Mark, row.entry_seq, row.sink, row.state)
     if isinstance(outcome, Delivered):
-        return Mark(
-            row.entry_seq, row.sink, row.state, RowEvent.ACKNOWLEDGED, attempts, None, outcome.position
-        )
+        return made(RowEvent.ACKNOWLEDGED, attempts, None, outcome.position)
     reason = outcome.reason[:SINK_ERROR_CHARS_MAX]
     if isinstance(outcome, Disabled):
-        reason = f"{DISABLED}{reason}"[:SINK_ERROR_CHARS_MAX]
-        return Mark(row.entry_seq, row.sink, row.state, RowEvent.HELD, attempts, None, None, reason)
+        return made(RowEvent.HELD, attempts, None, None, f"{DISABLED}{reason}"[:SINK_ERROR_CHARS_MAX])
     if isinstance(outcome, Rejected):
-        return Mark(row.entry_seq, row.sink, row.state, RowEvent.REJECTED, attempts, None, None, reason)
+        return made(RowEvent.REJECTED, attempts, None, None, reason, outcome.progress)
     assert isinstance(outcome, Deferred)
-    wait_s = next_try_s(schedule, attempts, draw, outcome.retry_after_s, busy=outcome.busy)
+    age_s = max(0.0, (now_us - row.created_at) / US)
+    wait_s = next_try_s(schedule, attempts, draw, outcome.retry_after_s, busy=outcome.busy, age_s=age_s)
     due_at = now_us + int(wait_s * US)
     lifetime = schedule.lifetime_s
     if lifetime is not None and due_at > row.created_at + int(lifetime * US):
-        return Mark(row.entry_seq, row.sink, row.state, RowEvent.GAVE_UP, attempts, None, None, reason)
-    return Mark(row.entry_seq, row.sink, row.state, RowEvent.DEFERRED, attempts, due_at, None, reason)
+        return made(RowEvent.GAVE_UP, attempts, None, None, reason, outcome.progress)
+    return made(RowEvent.DEFERRED, attempts, due_at, None, reason, outcome.progress)
 
 
 def record(

@@ -103,7 +103,9 @@ class Retention:
             blobs = [
                 b
                 for (b,) in tx.execute(
-                    "SELECT blob FROM entries WHERE task_seq = ? AND blob IS NOT NULL", (seq,)
+                    "SELECT blob FROM entries WHERE task_seq = ?1 AND blob IS NOT NULL"
+                    " UNION SELECT a.blob FROM attachments a JOIN entries e ON e.seq = a.entry_seq WHERE e.task_seq = ?1",
+                    (seq,),
                 )
             ]
             for sink, state, n in tx.execute(
@@ -112,7 +114,7 @@ class Retention:
                 (seq,),
             ).fetchall():
                 tx.count_outbox(sink, state, -n)
-            for table in ("outbox", "tries"):
+            for table in ("outbox", "tries", "attachments"):
                 tx.execute(
                     f"DELETE FROM {table} WHERE entry_seq IN (SELECT seq FROM entries WHERE task_seq = ?)",  # noqa: S608 - fixed names
                     (seq,),
@@ -122,7 +124,8 @@ class Retention:
             tx.execute("DELETE FROM ids WHERE newest = ?", (row[0],))
             tx.execute("DELETE FROM tasks WHERE seq = ?", (seq,))
             tx.count_task(row[1], row[2], row[3], -1)
-            others = "SELECT 1 FROM entries WHERE blob = ? LIMIT 1"  # blobs/ holds the same content once
+            # blobs/ holds the same content once
+            others = "SELECT 1 FROM entries WHERE blob = ?1 UNION ALL SELECT 1 FROM attachments WHERE blob = ?1 LIMIT 1"
             gone.append((row[0], [blob for blob in blobs if tx.one(others, (blob,)) is None]))
         if unpulled:
             message = f"{unpulled} results that a consumer has not pulled are past retention.unpulled and were removed"

@@ -7,7 +7,9 @@ import hashlib
 import traceback
 from collections.abc import Sequence
 
-from agentqd.core.limits import SINK_ERROR_CHARS_MAX
+import msgspec
+
+from agentqd.core.limits import PROGRESS_BYTES_MAX, SINK_ERROR_CHARS_MAX
 from agentqd.loops.box import Log
 from agentqd.sinks.base import Deferred, Delivery, Outcome, Rejected, Sink
 from agentqd.storage.outbox import DueRow
@@ -19,7 +21,8 @@ async def send(plug: Sink, name: str, batch: Sequence[DueRow], log: Log) -> Sequ
         return [_without_damage(row) for row in batch]
     deliveries = [
         Delivery(
-            row.delivery_id, row.entry_seq, row.type, row.kind, row.key, row.task_id, row.payload, row.created_at, row.attempts, row.blob
+            row.delivery_id, row.entry_seq, row.type, row.kind, row.key, row.task_id, row.payload, row.created_at, row.attempts, row.blob,
+            row.progress,
         )
         for row in batch
     ]  # fmt: skip
@@ -36,7 +39,16 @@ async def send(plug: Sink, name: str, batch: Sequence[DueRow], log: Log) -> Sequ
     if not sound or len(outcomes) != len(batch):
         said = f"{len(outcomes)} of {len(batch)} deliveries" if sound else "with what is no outcome"
         return [Deferred(f"the sink answered {said}")] * len(batch)
-    return outcomes
+    return [_within_bounds(each, name, log) for each in outcomes]
+
+
+def _within_bounds(outcome: Outcome, name: str, log: Log) -> Outcome:
+    """A memory that is too large is not kept: the next try is as after a crash."""
+    progress = outcome.progress if isinstance(outcome, Deferred | Rejected) else None
+    if progress is None or len(progress) <= PROGRESS_BYTES_MAX:
+        return outcome
+    log.error("sink_progress_too_large", sink=name, bytes=len(progress))
+    return msgspec.structs.replace(outcome, progress=None)
 
 
 def _damaged(row: DueRow) -> bool:

@@ -32,6 +32,7 @@ class Delivery(msgspec.Struct, frozen=True):
     created_at: int  # microseconds
     attempts: int  # how many tries came before this one
     blob_path: str | None = None  # file with a large entry's content (the payload then names it)
+    progress: bytes | None = None  # what this plug said at the last try
 
 
 class Delivered(msgspec.Struct, frozen=True):
@@ -40,7 +41,11 @@ class Delivered(msgspec.Struct, frozen=True):
 
 
 class Deferred(msgspec.Struct, frozen=True):
-    """Later. `connection` counts towards the sink's breaker; nothing else does."""
+    """Later. `connection` counts towards the sink's breaker; nothing else does.
+
+    `progress` comes back with the row's next try, over restarts too (at most PROGRESS_BYTES_MAX; None: as it was). It is
+    forgotten when the row is delivered.
+    """
 
     reason: str
     retry_after_s: float | None = None  # what the receiver asked for; at most a day is waited
@@ -48,6 +53,7 @@ class Deferred(msgspec.Struct, frozen=True):
         False  # the receiver could not be reached, or has fallen silent: others would fail likewise
     )
     busy: bool = False  # it was reached and is overwhelmed (time-out, 429): the type's `busy_min_s` counts
+    progress: bytes | None = None
 
 
 class Disabled(msgspec.Struct, frozen=True):
@@ -57,9 +63,10 @@ class Disabled(msgspec.Struct, frozen=True):
 
 
 class Rejected(msgspec.Struct, frozen=True):
-    """For good: the row becomes `dead`, an alert goes out."""
+    """For good: the row becomes `dead`, an alert goes out. `progress`: for the day when a person has it sent again."""
 
     reason: str
+    progress: bytes | None = None
 
 
 Outcome = Delivered | Deferred | Rejected | Disabled

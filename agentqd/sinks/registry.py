@@ -36,7 +36,7 @@ SCHEDULES: Final[dict[str, Schedule]] = {
         _WEBHOOK_STEPS_S, doubles=False, max_s=DAY_S, lifetime_s=4 * DAY_S, busy_min_s=_BUSY_MIN_S
     ),
     "ssh": Schedule((5.0,), doubles=True, max_s=5 * MINUTE_S, lifetime_s=14 * DAY_S),
-    "email": Schedule((5 * MINUTE_S,), doubles=True, max_s=4000.0, lifetime_s=5 * DAY_S),
+    "email": Schedule((5 * MINUTE_S,), doubles=True, max_s=4000.0, lifetime_s=5 * DAY_S, by_age=True),
 }
 
 
@@ -70,12 +70,19 @@ def _ssh(context: Context, _: int) -> Sink:
     return SshSink(context)
 
 
+def _email(context: Context, _: int) -> Sink:
+    from agentqd.sinks.email import EmailSink
+
+    return EmailSink(context)
+
+
 _PLUGS: Final[dict[str, Callable[[Context, int], Sink]]] = {
     "completions": _completions,
     "rejected": _rejected,
     "file": _file,
     "command": _command,
     "ssh": _ssh,
+    "email": _email,
 }
 
 
@@ -106,7 +113,8 @@ def schedule_for(name: str, settings: config.Sink | None, type_: str) -> Schedul
     if settings.backoff_max is not None:
         max_s = float(settings.backoff_max)
     lifetime_s = default.lifetime_s if settings.lifetime is None else float(settings.lifetime)
-    return Schedule(steps_s, doubles, max_s, lifetime_s, default.busy_min_s)
+    by_age = default.by_age and settings.backoff is None
+    return Schedule(steps_s, doubles, max_s, lifetime_s, default.busy_min_s, by_age)
 
 
 def _unusable(type_: str) -> str:

@@ -31,7 +31,7 @@ _DUE_KEYS: Final = (
 )
 _DUE_ROW: Final = (
     "SELECT o.entry_seq, o.sink, o.state, o.attempts, o.created_at, e.delivery_id, e.type, e.kind, e.key, t.id,"
-    " e.payload, e.blob, e.sha256, o.due_at"
+    " e.payload, e.blob, e.sha256, o.due_at, o.progress"
     " FROM outbox o JOIN entries e ON e.seq = o.entry_seq LEFT JOIN tasks t ON t.seq = e.task_seq"
     " WHERE o.entry_seq = ? AND o.sink = ?"
 )
@@ -46,7 +46,8 @@ _FIRST_OPEN: Final = (
 _NEXT_DUE: Final = "SELECT min(due_at) FROM outbox WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at > ?"
 _OPEN_SINKS: Final = "SELECT DISTINCT sink FROM outbox WHERE state IN ('pending','delivering','retryable')"
 _MARK: Final = (
-    "UPDATE outbox SET state = ?, attempts = ?, due_at = ?, delivered_at = ?, position = ?, last_error = ?"
+    "UPDATE outbox SET state = ?, attempts = ?, due_at = ?, delivered_at = ?, position = ?, last_error = ?,"
+    " progress = CASE WHEN ? THEN NULL ELSE coalesce(?, progress) END"
     " WHERE entry_seq = ? AND sink = ? AND state = ?"
 )
 _INSERT_TRY: Final = (
@@ -69,6 +70,7 @@ class NewEntry(msgspec.Struct):
     sinks: Sequence[str]
     task_id: str | None = None
     blob: str | None = None
+    attachments: Sequence[str] = ()  # further files in blobs/, kept as long as the entry
     dead_reason: str | None = None  # set aside at once: rows are `dead` with this reason
     due_at: int | None = None
 
@@ -88,6 +90,7 @@ class DueRow(msgspec.Struct, frozen=True):
     blob: str | None
     sha256: bytes
     due_at: int
+    progress: bytes | None = None  # what the sink wants to know again
 
 
 class Mark(msgspec.Struct, frozen=True):
@@ -101,6 +104,7 @@ class Mark(msgspec.Struct, frozen=True):
     due_at: int | None = None
     position: int | None = None
     error: str | None = None
+    progress: bytes | None = None  # None: as it was; a delivered row forgets it
 
 
 def entry_exists(source: Transaction | sqlite3.Connection, delivery_id: str) -> tuple[int, bytes] | None:
@@ -118,6 +122,8 @@ def add_entry(tx: Transaction, entry: NewEntry) -> int:
         (seq, entry.delivery_id, entry.task_seq, entry.run, entry.attempt, entry.kind, entry.key, entry.type, tx.now_us,
          len(entry.payload), digest, entry.payload, entry.blob),
     )  # fmt: skip
+    for path in dict.fromkeys(entry.attachments):
+        tx.execute("INSERT INTO attachments (entry_seq, blob) VALUES (?, ?)", (seq, path))
     dead = entry.dead_reason is not None
     state = RowState.DEAD if dead else RowState.PENDING
     due_at = None if dead else entry.due_at or tx.now_us
@@ -219,8 +225,8 @@ def mark(tx: Transaction, marks: Iterable[Mark]) -> list[Mark]:
         delivered_at = tx.now_us if state is RowState.DELIVERED else None
         cursor = tx.execute(
             _MARK,
-            (state.value, item.attempts, item.due_at, delivered_at, item.position, item.error, item.entry_seq, item.sink,
-             item.was.value),
+            (state.value, item.attempts, item.due_at, delivered_at, item.position, item.error,
+             state is RowState.DELIVERED, item.progress, item.entry_seq, item.sink, item.was.value),
         )  # fmt: skip
         if cursor.rowcount != 1:
             continue

@@ -228,6 +228,7 @@ async def test_a_drop_folder_that_the_worker_removed_is_a_problem_only_while_it_
     ],
 )
 async def test_a_json_entry_may_address_itself(bench: Bench, drop: Path, fields: dict[str, Any], sinks: list[str]) -> None:  # fmt: skip
+    (drop.parent / "work" / "plot.png").write_bytes(b"png")
     (drop / "x.json").write_text(json.dumps(fields))
     await _record(bench, _scan(drop).handed)
     assert [(row[1], row[2]) for row in await _rows(bench)] == [(sink, "pending") for sink in sinks]
@@ -261,6 +262,17 @@ async def test_attachments_are_found_in_a_state_folder_behind_a_symlink(
 ) -> None:
     (tmp_path / "elsewhere").symlink_to(bench.folders.state)
     bench.box.folders = type(bench.folders)(str(tmp_path / "elsewhere"), bench.folders.runtime)
+    behind = Path(bench.folders.attempt("a", 1), "outbox")
+    (behind.parent / "work" / "plot.png").write_bytes(b"png")
+    for path in (
+        "../work/plot.png",
+        str(behind.parent / "work" / "plot.png"),
+        str(drop.parent / "work" / "plot.png"),
+    ):
+        (drop / "y.json").write_text(json.dumps({"deliver_to": ["s"], "attachments": [path]}))
+        (item,) = _scan(behind).handed
+        assert (item.broken, len(item.attachments)) == (None, 1), path
+    (drop / "y.json").unlink()
     (drop / "x.json").write_text('{"deliver_to": ["s"], "attachments": ["../work/plot.png"]}')
     assert await _record(bench, _scan(drop).handed) == {"x.json"}
 
@@ -280,3 +292,144 @@ async def test_what_was_handed_over_survives_the_failure_of_its_worker(bench: Be
     await bench.end("a", None, signal=int(signal.SIGKILL))
     assert (await bench.task("a")).state.value == "retryable"
     assert len(await bench.entries("entry")) == 1
+
+
+# Attachments.
+
+
+def _mail(drop: Path, *attachments: str, name: str = "m.json", **fields: Any) -> None:
+    (drop / name).write_text(
+        json.dumps({"to": "a@b.c", "body": "x", "attachments": list(attachments), **fields})
+    )
+
+
+async def test_attachments_are_our_own_durable_copies(bench: Bench, drop: Path) -> None:
+    work = drop.parent / "work"
+    (work / "deep").mkdir()
+    (work / "deep" / "a.pdf").write_bytes(b"first")
+    (drop / ".b.txt").write_bytes(b"second")
+    _mail(drop, "../work/deep/a.pdf", ".b.txt", str(work / "deep" / "a.pdf"))
+    await _record(bench, _scan(drop).handed)
+    (work / "deep" / "a.pdf").write_bytes(b"the worker goes on")
+    (drop / ".b.txt").unlink()
+    (data,) = await bench.entries("entry")
+    assert [(each["name"], each["bytes"]) for each in data["attachments"]] == [
+        ("a.pdf", 5),
+        (".b.txt", 6),
+        ("a.pdf", 5),
+    ]
+    assert [Path(each["path"]).read_bytes() for each in data["attachments"]] == [
+        b"first",
+        b"second",
+        b"first",
+    ]
+    assert all(Path(each["path"]).name == each["sha256"] for each in data["attachments"])
+    kept = {path for (path,) in await bench.rows("SELECT blob FROM attachments")}
+    assert kept == {each["path"] for each in data["attachments"]}
+
+
+@pytest.mark.parametrize("path", ["missing", "link", "linked/a", "fifo", "folder", "sock", "../work", "../outbox", "..", "../stdout", "", ".", "/", "a/../../stdout", "../../attempt-1/stdout", "x" * 300, "file/x"])  # fmt: skip
+async def test_an_attachment_that_is_no_plain_file_below_the_folders_sets_its_mail_aside(
+    bench: Bench, drop: Path, path: str
+) -> None:
+    (drop.parent / "stdout").write_text("secret")
+    (drop / "file").write_text("x")
+    (drop / "link").symlink_to("../stdout")
+    (drop / "linked").symlink_to("/etc")
+    (drop / "folder").mkdir()
+    os.mkfifo(drop / "fifo")
+    _mail(drop, path)
+    found = [item for item in _scan(drop).handed if item.key == "m.json"]
+    assert await _record(bench, found) == set()
+    assert {(row[2], row[3].split(":")[0]) for row in await _rows(bench)} == {("dead", "malformed")}
+    assert len(await bench.alerts("entry_malformed")) == 1
+
+
+async def test_a_folder_that_becomes_a_link_is_not_followed(bench: Bench, drop: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a").write_text("secret")
+    (drop.parent / "work").rmdir()
+    (drop.parent / "work").symlink_to(tmp_path / "elsewhere")
+    _mail(drop, "../work/a")
+    (item,) = _scan(drop).handed
+    assert item.broken is not None
+    assert item.broken.startswith("malformed")
+
+
+async def test_attachments_count_in_the_limit_of_an_entry(
+    drop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        (drop / f".{name}").write_bytes(b"x" * 600)
+    _mail(drop, ".a", ".b")
+    (item,) = _scan(drop, most=1200).handed
+    assert (item.broken or "").startswith("too_large: its attachments have 1200 bytes")
+    assert not (drop.parents[3] / "blobs").exists(), "nothing is copied of what is not taken"
+    assert _scan(drop, most=1400).handed[0].broken is None
+    monkeypatch.setattr("agentqd.loops.attachments.ATTACHMENTS_MAX", 1)
+    assert "more than 1" in (_scan(drop).handed[0].broken or "")
+
+
+async def test_a_mail_waits_for_an_attachment_that_is_still_being_written(drop: Path) -> None:
+    writer = _Writer(drop.parent / "work" / "slow.pdf")
+    try:
+        _mail(drop, "../work/slow.pdf")
+        assert (_keys(_scan(drop)), _scan(drop).waiting) == ([], 1)
+        assert _keys(_scan(drop, "exited")) == ["m.json"]
+    finally:
+        writer.close()
+    assert _scan(drop).handed[0].attachments[0].bytes == len("half")
+
+
+async def test_a_mail_that_was_taken_stays_taken_when_its_attachments_are_gone(
+    bench: Bench, drop: Path
+) -> None:
+    """After a restart of the daemon the folder is read again."""
+    (drop.parent / "work" / "a").write_text("x")
+    _mail(drop, "../work/a")
+    assert await _record(bench, _scan(drop).handed) == {"m.json"}
+    (drop.parent / "work" / "a").unlink()
+    assert await _record(bench, _scan(drop).handed) == {"m.json"}
+    assert await bench.rows("SELECT kind FROM entries WHERE kind IN ('entry', 'broken', 'alert')") == [
+        ("entry",)
+    ]
+
+
+async def test_data_that_is_called_attachments_is_no_matter(drop: Path) -> None:
+    (drop / "d.json").write_text('{"attachments": {"count": 7}, "x": 1}')
+    assert _scan(drop).handed[0].broken is None
+
+
+# Large JSON.
+
+
+async def test_a_large_json_is_looked_into_for_its_address(bench: Bench, drop: Path) -> None:
+    (drop.parent / "work" / "a").write_text("x")
+    _mail(drop, "../work/a", deliver_to=["s"], body="x" * LARGE)
+    await _record(bench, _scan(drop).handed)
+    assert [(row[1], row[2]) for row in await _rows(bench)] == [("completions", "pending"), ("s", "pending")]
+    (data,) = await bench.entries("entry")
+    assert (len(data["attachments"]), "path" in data) == (1, True)
+
+
+@pytest.mark.parametrize("content", [b'{"x": "%s"' % (b"x" * LARGE), b"[" * LARGE, b"x" * LARGE])
+async def test_a_large_json_that_does_not_parse_is_set_aside(drop: Path, content: bytes) -> None:
+    (drop / "x.json").write_bytes(content)
+    assert (_scan(drop).handed[0].broken or "").startswith("malformed")
+    assert _scan(drop, "killed").handed[0].broken == "incomplete"
+
+
+async def test_a_large_json_of_another_kind_is_data(drop: Path) -> None:
+    (drop / "x.json").write_bytes(b'["%s"]' % (b"x" * LARGE))
+    assert _scan(drop).handed[0].broken is None
+
+
+async def test_a_json_too_large_to_be_looked_into_is_not_sent_anywhere(
+    bench: Bench, drop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "JSON_CHECK_BYTES_MAX", LARGE)
+    (drop / "x.json").write_bytes(b'{"deliver_to": ["s"], "x": "%s"}' % (b"x" * LARGE))
+    assert await _record(bench, _scan(drop).handed) == set()
+    ((_, sink, state, error),) = await _rows(bench)
+    assert (sink, state) == ("completions", "dead")
+    assert error.startswith("too_large")

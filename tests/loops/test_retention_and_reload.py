@@ -14,6 +14,7 @@ from agentqd.core.outbox import RowEvent
 from agentqd.core.settings import Queue, Settings
 from agentqd.core.settings import Retention as Keep
 from agentqd.core.units import Duration
+from agentqd.loops.attachments import Attached
 from agentqd.loops.dropfolder import Handed
 from agentqd.loops.reload import Reload
 from agentqd.loops.retention import Retention
@@ -157,6 +158,28 @@ async def test_a_large_entry_of_two_tasks_goes_with_the_last_of_them(bench: Benc
     bench.clock.advance(20 * DAY)
     await _sweep(bench)
     assert not blob.exists()
+
+
+async def test_attachments_stay_as_long_as_the_last_entry_that_brings_them(bench: Bench) -> None:
+    await bench.connect()
+    blobs = Path(bench.folders.state, "blobs")
+    blobs.mkdir()
+    files = [Attached(str(blobs / (digit * 64)), "a", 1, digit * 64) for digit in "ab"]
+    for file in files:
+        Path(file.path).write_bytes(b"x")
+    for task_id, brings in ("old", files), ("new", files[1:]):
+        await bench.add(id=task_id)
+        item = Handed("m.json", (1, 5, 1), f"{task_id:x<64}", 5, b'{"body": "x"}', attachments=tuple(brings))
+        await bench.end(task_id, handed=[item])
+        await bench.deliver_all()
+        bench.clock.advance(20 * DAY)
+    await _sweep(bench)
+    assert await _ids(bench) == ["new"]
+    assert [Path(file.path).exists() for file in files] == [False, True]
+    bench.clock.advance(20 * DAY)
+    await _sweep(bench)
+    assert not Path(files[1].path).exists()
+    assert await bench.rows("SELECT * FROM attachments") == []
 
 
 async def test_an_id_is_remembered_for_its_dedup_ttl_whatever_retention_says(bench: Bench) -> None:

@@ -100,8 +100,8 @@ SWITCHES: tuple[Switch, ...] = (
     _switch(30, "queue_file::a_replay_inside_the_ttl_returns_the_first_id_and_after_it_runs_anew", "loops/admission.py", "if tx.now_us < first.finished_at + int(ttl_s * 1_000_000):", "if False:"),
     _switch(31, "outbox::a_receiver_that_loses_its_first_answer_gets_the_same_id_again", "sinks/command.py", '"AGENTQ_DELIVERY_ID": _clean(delivery.delivery_id),', '"AGENTQ_DELIVERY_ID": delivery.delivery_id + str(delivery.attempts),'),
     _switch(32, "restarts::a_second_daemon_is_refused_with_the_pid_of_the_first", "storage/lock.py", "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
-    _switch(33, "restarts::a_large_entry_is_synced_renamed_and_its_folder_synced_before_the_journal_commits_it", "loops/dropfolder.py", "        os.fsync(out)\n", "        pass\n"),
-    _switch(34, "restarts::a_large_entry_is_synced_renamed_and_its_folder_synced_before_the_journal_commits_it", "loops/dropfolder.py", "    fsync_folder(blobs)\n", "    pass\n"),
+    _switch(33, "restarts::a_large_entry_is_synced_renamed_and_its_folder_synced_before_the_journal_commits_it", "storage/blobs.py", "        os.fsync(out)\n", "        pass\n"),
+    _switch(34, "restarts::a_large_entry_is_synced_renamed_and_its_folder_synced_before_the_journal_commits_it", "storage/blobs.py", "    fsync_folder(blobs)\n", "    pass\n"),
     _switch(35, "restarts::a_network_file_system_is_refused_with_a_clear_message", "daemon/folders.py", "if is_network(kind):", "if False:"),
     _switch(36, "queue_file::a_lock_on_the_queue_file_stops_nobody", "loops/intake.py", "        chunk = self.folder.read(", "        import fcntl; fcntl.flock(open(self.box.folders.queue_file), fcntl.LOCK_EX | fcntl.LOCK_NB)\n        chunk = self.folder.read("),
     _switch(37, "verdicts::a_second_cancel_and_a_wrong_move_change_nothing", "loops/operations.py", "if task.state is State.FINISHED:", "if False:", "core/lifecycle.py", "State.FINISHED: {Event.RETRY_REQUESTED: State.QUEUED},", "State.FINISHED: {Event.RETRY_REQUESTED: State.QUEUED, Event.CANCELLED: State.FINISHED},"),
@@ -116,14 +116,17 @@ SWITCHES: tuple[Switch, ...] = (
     _switch(46, "audit::a_changed_event_is_found_and_verify_says_where", "storage/transaction.py", "text = f\"{seq}\\x00{at}\\x00{task or ''}\\x00{event}\\x00{data}\"", 'text = f"{seq}"'),
     _switch(47, "waiting::a_usage_limit_is_waited_for_by_the_whole_runner_and_uses_no_attempt", "loops/nextattempt.py", "limited = met(tx, box, task, limit) if limit is not None else None", "limited = None"),
     _switch(47, "verdicts::each_retry_is_recorded_waits_longer_and_is_capped", "loops/nextattempt.py", "again = verdict.result in RETRIED_RESULTS and task.run_attempts < resolved.max_attempts", "again = False"),
-    _switch(48, "outbox::a_finished_task_is_not_a_delivered_one_and_it_shows", "loops/marking.py", "RowEvent.DEFERRED, attempts, due_at, None, reason)", "RowEvent.ACKNOWLEDGED, attempts, None, None, reason)"),
+    _switch(48, "outbox::a_finished_task_is_not_a_delivered_one_and_it_shows", "loops/marking.py", "made(RowEvent.DEFERRED, attempts, due_at, None,", "made(RowEvent.ACKNOWLEDGED, attempts, None, None,"),
     _switch(49, "outbox::an_end_and_its_outbox_rows_are_in_one_transaction", "loops/finishing.py", "        add_result(tx, box, moved, end.request, data)\n", "        tx.later(lambda: box.journal.submit(lambda tx: add_result(tx, box, moved, end.request, data)) and None)\n"),
     _switch(50, "outbox::delivery_goes_on_after_its_worker_has_timed_out", *NO_RETRY_TIMER),
     _switch(51, "clocks::a_deadline_ends_the_whole_tree_and_what_it_had_is_delivered", "loops/evidence.py", "tail = _tail(asked, problems)", 'tail = ""'),
     _switch(52, "outbox::an_entry_is_delivered_while_its_worker_goes_on outbox::two_of_four_replies_survive_the_sigkill_of_their_worker", "loops/handover.py", "            if not live.ended:\n", "            if live.ended:\n"),
     _switch(53, "outbox::a_daemon_killed_in_mid_batch_picks_up_where_it_stopped", "storage/outbox.py", "state IN ('pending','delivering','retryable') AND due_at <= ?", "state IN ('pending','delivering','retryable','delivered') AND coalesce(due_at, 0) <= ?"),
     _switch(54, "outbox::a_hundred_pending_entries_drain_by_themselves_when_the_sink_is_up_again", *NO_RETRY_TIMER),
-    _switch(55, "outbox::a_malformed_entry_among_good_ones_is_set_aside_told_and_blocks_nothing", "loops/dropfolder.py", "broken = item.broken or _self_address_problem(item, box, task, attempt)", "broken = item.broken"),
+    _switch(55, "outbox::a_malformed_entry_among_good_ones_is_set_aside_told_and_blocks_nothing", "loops/dropfolder.py", "broken = item.broken or _unknown_sink(item, box)", "broken = item.broken"),
+    _switch(52, "mail::an_attachment_is_sent_as_it_was_handed_over_though_the_agent_has_deleted_it", "loops/attachments.py", "return Attached(copy.path,", 'return Attached(os.readlink(f"/proc/self/fd/{descriptor}"),'),
+    _switch(55, "mail::a_reply_to_somebody_who_is_not_allowed_is_set_aside_told_and_the_others_go", "sinks/letter.py", "    _check_allowed((*to,", "    _ = ((*to,"),
+    _switch(56, "mail::four_replies_of_an_agent_that_is_killed_after_the_second_arrive_once_each_in_their_threads", "loops/dropfolder.py", 'entry_id = delivery_id(box.state_id, task.id, task.run, "entry", item.key)', 'entry_id = delivery_id(box.state_id, task.id, task.run, "entry", f"{item.key}{attempt}")'),
     _switch(56, "outbox::a_retried_task_that_writes_the_same_reply_again_sends_it_once", "loops/dropfolder.py", 'entry_id = delivery_id(box.state_id, task.id, task.run, "entry", item.key)', 'entry_id = delivery_id(box.state_id, task.id, task.run, "entry", f"{item.key}{attempt}")'),
     _switch(57, "outbox::a_rejected_delivery_is_a_dead_letter_that_alerts_and_a_person_sends_again_with_its_id", "sinks/command.py", "if ended.exit_code == EXIT_REJECTED:", "if False:"),
     _switch(58, "clocks::a_timeout_raised_in_the_config_lets_a_running_worker_live", "loops/supervision.py", "            self.refresh_clocks(task_id)\n", "            pass\n"),
@@ -168,7 +171,14 @@ def broken_tree(switch: Switch) -> Iterator[Path]:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "tests" / "mission", copy / "tests" / "mission", ignore=ignored)
         shutil.copytree(ROOT / "tests" / "laptop", copy / "tests" / "laptop", ignore=ignored)
-        for file in ("tests/conftest.py", "tests/realbox.py", "tests/realsshd.py", "pyproject.toml"):
+        for file in (
+            "tests/conftest.py",
+            "tests/realbox.py",
+            "tests/realsshd.py",
+            "tests/smtpserver.py",
+            "tests/smtpreceiver.py",
+            "pyproject.toml",
+        ):
             shutil.copy(ROOT / file, copy / file)
         for each in switch.breaks:
             path = copy / each.file

@@ -11,13 +11,14 @@ from realbox import RealBox, wait_for
 
 pytestmark = pytest.mark.real
 
-# Say what the real program says, each in one of its ways: the limit until OPENS, and then an answer, as stream-json.
+# Say what the real program says, each in one of its ways: the limit until OPENS (if that is not there: for 2 s), and then an answer, as stream-json.
 SAYS = {
     "plain, exit 1": """echo "Claude AI usage limit reached|$until"; exit 1""",
     "a record, exit 0": """echo '{"type":"result","is_error":true,"result":"Claude AI usage limit reached|'$until'"}'; exit 0""",
 }
 AGENT = """#!/bin/sh
 cat > /dev/null
+test -e OPENS || echo $(($(date +%s) + 2)) > OPENS
 until=$(cat OPENS)
 if [ "$(date +%s)" -lt "$until" ]; then
     SAYS
@@ -26,19 +27,20 @@ echo '{"type":"result","subtype":"success","is_error":false,"result":"done after
 """
 
 
-def _agent(make_box: MakeBox, tmp_path: Path, says: str, in_s: int) -> tuple[RealBox, int]:
-    agent, opens, until = tmp_path / "agent", tmp_path / "opens", int(time.time()) + in_s
+def _agent(make_box: MakeBox, tmp_path: Path, says: str) -> RealBox:
+    agent, opens = tmp_path / "agent", tmp_path / "opens"
     agent.write_text(AGENT.replace("OPENS", str(opens)).replace("SAYS", SAYS[says]))
     agent.chmod(0o755)
-    opens.write_text(str(until))
-    return make_box(f"runners: {{claude: {{preset: claude, command: [{agent}]}}}}\nmax_workers: 1\n"), until
+    return make_box(f"runners: {{claude: {{preset: claude, command: [{agent}]}}}}\nmax_workers: 1\n")
 
 
 @pytest.mark.row(47)
 def test_a_usage_limit_is_waited_for_by_the_whole_runner_and_uses_no_attempt(
     make_box: MakeBox, tmp_path: Path
 ) -> None:
-    box, until = _agent(make_box, tmp_path, "plain, exit 1", 3600)
+    until = int(time.time()) + 3600
+    (tmp_path / "opens").write_text(str(until))
+    box = _agent(make_box, tmp_path, "plain, exit 1")
     box.append({"task": "one", "id": "one", "runner": "claude", "prompt": "x", "priority": 1})
     shown = box.wait_state("one", "retryable")
     assert (shown["reason"], shown["waiting_for"]["reason"]) == ("usage_limit", "usage_limit")
@@ -69,11 +71,11 @@ def test_a_usage_limit_is_waited_for_by_the_whole_runner_and_uses_no_attempt(
 def test_a_limit_that_is_told_by_a_record_with_exit_0_ends_by_itself(
     make_box: MakeBox, tmp_path: Path
 ) -> None:
-    box, until = _agent(make_box, tmp_path, "a record, exit 0", 2)
+    box = _agent(make_box, tmp_path, "a record, exit 0")  # two seconds from its first run on
     box.append({"task": "one", "id": "one", "runner": "claude", "prompt": "x"})
     told = box.result("one")
     assert (told["status"], told["attempt"]) == ("success", 2)
-    assert time.time() >= until
+    assert time.time() >= int((tmp_path / "opens").read_text())
     assert [attempt["reason"] for attempt in box.show("one")["attempts"]] == ["usage_limit", None]
 
 

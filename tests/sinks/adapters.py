@@ -20,6 +20,7 @@ from agentqd.sinks.appendsink import AppendSink
 from agentqd.sinks.base import Delivered, Delivery, Exec, ExecResult
 
 from .conformance import Adapter, Condition, with_payload
+from .smtpadapter import EmailAdapter
 
 
 class FaultyDisk:
@@ -234,7 +235,13 @@ class CommandAdapter(Adapter):
         return with_payload(b'{"specversion":"1.0","data":"\xff"}')
 
 
-ADAPTERS: tuple[type[Adapter], ...] = (CompletionsAdapter, RejectedAdapter, FileAdapter, CommandAdapter)
+ADAPTERS: tuple[type[Adapter], ...] = (
+    CompletionsAdapter,
+    RejectedAdapter,
+    FileAdapter,
+    CommandAdapter,
+    EmailAdapter,
+)
 APPENDING: tuple[type[AppendAdapter], ...] = (CompletionsAdapter, RejectedAdapter, FileAdapter)
 
 

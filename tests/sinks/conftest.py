@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from realsshd import RealSshd, real_sshd
+from smtpserver import SmtpServer, smtp_server
 
 from .adapters import APPENDING, AppendAdapter, CompletionsAdapter
+from .smtpadapter import EmailAdapter
 from .sshadapters import SshAdapter, SshAppendAdapter, sshd_with_between
 
 SSH = [
@@ -24,6 +26,22 @@ def between() -> Iterator[RealSshd]:
         sshd_with_between(sshd)
         SshAdapter.server = sshd.start()
         yield sshd
+
+
+@pytest.fixture(scope="session")
+def smtpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmtpServer]:
+    """One real SMTP server for all."""
+    with smtp_server(tmp_path_factory.mktemp("smtpd")) as server:
+        EmailAdapter.server = server
+        yield server
+
+
+@pytest.fixture
+def post(smtpd: SmtpServer, tmp_path: Path) -> Iterator[EmailAdapter]:
+    (tmp_path / "base").mkdir()
+    made = EmailAdapter(tmp_path / "base")
+    yield made
+    made.release()
 
 
 @pytest.fixture(params=SSH)

@@ -26,8 +26,9 @@ NO_ANSWER = [Condition.DEFERRING, Condition.CRASHING, Condition.AMBIGUOUS, Condi
 
 @pytest.fixture(params=[*(pytest.param(adapter, id=adapter.type) for adapter in ADAPTERS), *SSH])
 def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Adapter]:
-    if request.param.type == "ssh":
-        request.getfixturevalue("between")
+    receiver = {"ssh": "between", "email": "smtpd"}.get(request.param.type)
+    if receiver is not None:
+        request.getfixturevalue(receiver)
     base = tmp_path / "base"
     base.mkdir()
     made = request.param(base)

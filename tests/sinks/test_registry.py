@@ -35,7 +35,21 @@ def test_the_default_schedules_are_those_of_the_delivery_page() -> None:
     ssh = schedule_for("x", None, "ssh")
     assert (waits(ssh, 8), ssh.lifetime_s) == ([5, 10, 20, 40, 80, 160, 300, 300], 14 * DAY)
     email = schedule_for("x", None, "email")
-    assert (waits(email, 6), email.lifetime_s) == ([300, 600, 1200, 2400, 4000, 4000], 5 * DAY)
+    ages = [0.0, 300, 600, 1200, 2400, 4800, DAY]
+    assert [next_try_s(email, 9, 0.0, None, age_s=age) for age in ages] == [
+        300,
+        300,
+        600,
+        1200,
+        2400,
+        4000,
+        4000,
+    ]
+    assert email.lifetime_s == 5 * DAY
+    own = SinkSettings(type="email", backoff=Backoff((2.0,), doubles=True), backoff_max=Duration(7))
+    assert waits(schedule_for("x", own, "email"), 4) == [2, 4, 7, 7], (
+        "who names a backoff gets it, whatever the age"
+    )
     webhook = schedule_for("x", None, "webhook")
     assert waits(webhook, 9) == [5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400]
 
