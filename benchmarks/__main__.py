@@ -24,6 +24,7 @@ from benchmarks import (
     status,
     throughput,
     waiting,
+    webhook,
 )
 from benchmarks.measure import Row
 
@@ -69,6 +70,9 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         "claims": lambda: claims.measure(_sub(folder, "claims"), 10_000, samples),
         "rest": lambda: rest.measure(folder, 5 if quick else 30),
         "status": lambda: status.measure(folder, samples),
+        "webhook": lambda: webhook.measure(
+            folder, 2_000 if quick else 20_000, 1 if quick else webhook.ROUNDS
+        ),
         "remote": lambda: remote.measure(
             folder,
             submits=20 if quick else 50,
@@ -159,6 +163,7 @@ def _parse() -> argparse.Namespace:
             "claims",
             "rest",
             "status",
+            "webhook",
             "remote",
             "large",
         ],

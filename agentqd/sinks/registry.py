@@ -76,6 +76,12 @@ def _email(context: Context, _: int) -> Sink:
     return EmailSink(context)
 
 
+def _webhook(context: Context, _: int) -> Sink:
+    from agentqd.sinks.webhook import WebhookSink
+
+    return WebhookSink(context)
+
+
 _PLUGS: Final[dict[str, Callable[[Context, int], Sink]]] = {
     "completions": _completions,
     "rejected": _rejected,
@@ -83,6 +89,7 @@ _PLUGS: Final[dict[str, Callable[[Context, int], Sink]]] = {
     "command": _command,
     "ssh": _ssh,
     "email": _email,
+    "webhook": _webhook,
 }
 
 

@@ -45,11 +45,18 @@ _FIRST_OPEN: Final = (
 )
 _NEXT_DUE: Final = "SELECT min(due_at) FROM outbox WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at > ?"
 _OPEN_SINKS: Final = "SELECT DISTINCT sink FROM outbox WHERE state IN ('pending','delivering','retryable')"
+# All marks of a commit in one statement: a statement for each would hand the interpreter's lock to and fro for each.
+_MARK_COLUMNS: Final = ("seq", "sink", "was", "state", "attempts", "due", "delivered", "position", "error")
 _MARK: Final = (
-    "UPDATE outbox SET state = ?, attempts = ?, due_at = ?, delivered_at = ?, position = ?, last_error = ?,"
-    " progress = CASE WHEN ? THEN NULL ELSE coalesce(?, progress) END"
-    " WHERE entry_seq = ? AND sink = ? AND state = ?"
+    "WITH marks AS MATERIALIZED (SELECT "  # noqa: S608 - fixed names
+    + ", ".join(f"json_extract(value, '$[{n}]') AS {name}" for n, name in enumerate(_MARK_COLUMNS))
+    + " FROM json_each(?))"
+    " UPDATE outbox SET state = m.state, attempts = m.attempts, due_at = m.due, delivered_at = m.delivered,"
+    " position = m.position, last_error = m.error,"
+    " progress = CASE WHEN m.state = 'delivered' THEN NULL ELSE progress END FROM marks m"
+    " WHERE outbox.entry_seq = m.seq AND outbox.sink = m.sink AND outbox.state = m.was RETURNING entry_seq, sink"
 )
+_KEEP_PROGRESS: Final = "UPDATE outbox SET progress = ? WHERE entry_seq = ? AND sink = ?"
 _INSERT_TRY: Final = (
     "INSERT OR REPLACE INTO tries (entry_seq, sink, n, at, outcome, reason) VALUES (?,?,?,?,?,?)"
 )
@@ -219,20 +226,22 @@ def open_sinks(source: sqlite3.Connection | Transaction) -> set[str]:
 
 def mark(tx: Transaction, marks: Iterable[Mark]) -> list[Mark]:
     """Record outcomes. A row that has moved meanwhile (a person dropped it) is left as it is and not returned."""
-    done = []
-    for item in marks:
+    items = list(marks)
+    rows = []
+    for item in items:
         state = next_row_state(RowState.DELIVERING, item.event)
         delivered_at = tx.now_us if state is RowState.DELIVERED else None
-        cursor = tx.execute(
-            _MARK,
-            (state.value, item.attempts, item.due_at, delivered_at, item.position, item.error,
-             state is RowState.DELIVERED, item.progress, item.entry_seq, item.sink, item.was.value),
-        )  # fmt: skip
-        if cursor.rowcount != 1:
-            continue
-        tx.count_outbox(item.sink, item.was.value, -1)
-        tx.count_outbox(item.sink, state.value, 1)
-        done.append(item)
+        rows.append((item.entry_seq, item.sink, item.was.value, state.value, item.attempts, item.due_at, delivered_at,
+                     item.position, item.error))  # fmt: skip
+    moved = {(seq, sink) for seq, sink in tx.execute(_MARK, (msgspec.json.encode(rows).decode(),))}
+    done = []
+    for item, row in zip(items, rows, strict=True):
+        if (item.entry_seq, item.sink) in moved:
+            tx.count_outbox(item.sink, row[2], -1)
+            tx.count_outbox(item.sink, row[3], 1)
+            done.append(item)
+            if item.progress is not None and row[3] != RowState.DELIVERED.value:
+                tx.execute(_KEEP_PROGRESS, (item.progress, item.entry_seq, item.sink))
     return done
 
 
