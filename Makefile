@@ -1,6 +1,6 @@
 # One line for each thing a person does here. CI calls the same scripts.
 .POSIX:
-.PHONY: help setup check test run demo bench bench-large docs image clean
+.PHONY: help setup check histories test run demo bench bench-large docs image clean
 .DEFAULT_GOAL := help
 
 PY = .venv/bin/python
@@ -20,6 +20,10 @@ check: setup ## format, lint, types, import rules, unit tests: under a minute
 	@$(PY) -m compileall -q agentqd
 	@base=$$(mktemp -d /tmp/aq-XXXXXX) && PYTHONDONTWRITEBYTECODE=1 PYTHONHASHSEED=0 $(PY) -m pytest -q -n 2 --dist loadgroup --basetemp="$$base" \
 	  -m "not real and not root and not systemd and not image" && rm -rf "$$base"
+
+histories: ## scheduling against its plain rules, 10,000 random histories: about a minute
+	@script/setup --test
+	@AGENTQD_HISTORIES=10000 PYTHONDONTWRITEBYTECODE=1 $(PY) -m pytest -q -n 2 tests/loops/test_scheduling_model.py
 
 test: ## everything (script/test): as root it also boots systemd and builds the image
 	@script/test

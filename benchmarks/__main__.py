@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    choosing,
     claims,
     delivery,
     intake,
@@ -65,6 +66,9 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         ),
         "intake": lambda: intake.measure(folder, lines, 1 if quick else intake.ROUNDS),
         "waiting": lambda: waiting.measure(folder, lines, samples),
+        "choosing": lambda: choosing.measure(
+            _sub(folder, "choosing"), 100_000 if quick else 1_000_000, 50 if quick else 200
+        ),
         "claims": lambda: claims.measure(_sub(folder, "claims"), 10_000, samples),
         "rest": lambda: rest.measure(folder, 5 if quick else 30),
         "status": lambda: status.measure(folder, samples),
@@ -165,6 +169,7 @@ def _parse() -> argparse.Namespace:
             "throughput",
             "intake",
             "waiting",
+            "choosing",
             "claims",
             "rest",
             "status",

@@ -73,6 +73,7 @@ def _draw_counts(out: Output, status: dict[str, Any]) -> None:
     tasks, results, rows = (_dict(status.get(name)) for name in ("tasks", "results", "outbox"))
     lines: list[tuple[str, str]] = [
         ("tasks", _counts(tasks, STATE_ORDER) or "none yet"),
+        ("waiting", _waiting(_dict(status.get("waiting")))),
         ("results", _counts(results, tuple(RESULT_STYLES))),
         ("outbox", _counts(rows, ())),
     ]
@@ -87,6 +88,14 @@ def _draw_counts(out: Output, status: dict[str, Any]) -> None:
     for name, text in lines:
         if text:
             out.lines(text, indent=f"{name:<8} ", hang=" " * 9)
+
+
+def _waiting(reasons: dict[str, Any]) -> str:
+    """Why, the most frequent first."""
+    known = sorted(
+        ((n, name) for name, n in reasons.items() if isinstance(n, int)), key=lambda item: -item[0]
+    )
+    return ", ".join(f"{n} {name.replace('_', ' ')}" for n, name in known)
 
 
 def _counts(counts: dict[str, Any], order: tuple[str, ...]) -> str:
@@ -121,7 +130,7 @@ def _left(seconds: Any) -> str | Cell:
 def _draw_queues(out: Output, status: dict[str, Any]) -> None:
     columns = (
         Column("QUEUE", flex=True), Column("RUNNING", right=True), Column("WAITING", right=True),
-        Column("OLDEST", right=True, drop=1), Column("", drop=2),
+        Column("OLDEST", right=True, drop=1), Column("", drop=2), Column("WHY", flex=True, drop=3),
     )  # fmt: skip
     rows: list[Row] = [
         [
@@ -130,6 +139,7 @@ def _draw_queues(out: Output, status: dict[str, Any]) -> None:
             str(queue.get("waiting", 0)),
             duration(queue.get("oldest_waiting_s")),
             Cell("paused", "warn") if queue.get("paused") else "",
+            _waiting(_dict(queue.get("reasons"))),
         ]
         for name, queue in _items(status.get("queues"))
     ]

@@ -24,9 +24,10 @@ def _draw_facts(out: Output, task: dict[str, Any]) -> None:
     out.lines(outcome(task), outcome_style(task), indent="state     ", hang=" " * 10)
     waiting = task.get("waiting_for")
     if isinstance(waiting, dict):
-        until = f" until {local_time(waiting['until'])}" if waiting.get("until") else ""
+        until = f" (until {local_time(waiting['until'])})" if waiting.get("until") else ""
         _fact(out, "waits for", f"{waiting.get('text') or waiting.get('reason') or ''}{until}")
-    _fact(out, "detail", task.get("detail"))
+    if not isinstance(waiting, dict) or task.get("detail") != waiting.get("text"):
+        _fact(out, "detail", task.get("detail"))
     by = f"queue {task.get('queue')}, runner {task.get('runner')}, priority {task.get('priority', 0)}"
     run = f", run {task['run']}" if isinstance(task.get("run"), int) and task["run"] > 1 else ""
     _fact(out, "runs", by + run)

@@ -29,6 +29,7 @@ def attention(room: Room, status: dict[str, Any], stopping_since: dict[str, int]
         *_sinks(status),
         *_stuck(status, stopping_since, now_us),
         *_queues(room, status),
+        *_limits(status),
         *_alerts(room, status),
     ]
     return sorted(found, key=lambda item: item["level"] != "error")
@@ -121,6 +122,12 @@ def _queues(room: Room, status: dict[str, Any]) -> Iterator[Item]:
         if name != "default" and options is None and queue["waiting"]:
             text = f"queue {name} is no longer in the config, {_many(queue['waiting'], 'task waits', 'tasks wait')} in it"
             yield _item("warning", text)
+
+
+def _limits(status: dict[str, Any]) -> Iterator[Item]:
+    for name, limit in status["runner_limits"].items():
+        text = f"the usage limit of runner {name} is reached; its tasks wait until {limit['until']}"
+        yield _item("warning", text, f"agentqctl retry {limit['task_id']}")
 
 
 def _alerts(room: Room, status: dict[str, Any]) -> Iterator[Item]:

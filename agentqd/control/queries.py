@@ -39,6 +39,24 @@ OLDEST_READY: Final = (
 NEWEST_READY: Final = (
     f"{_TASKS} WHERE state = 'queued' AND queue = ? AND priority = ? AND seq < ? ORDER BY seq DESC LIMIT ?"
 )
+AHEAD_BY_PRIORITY: Final = (
+    "SELECT count(*) FROM (SELECT 1 FROM tasks WHERE state = 'queued' AND queue = ? AND priority > ? LIMIT ?)"
+)
+AHEAD_BY_AGE: Final = "SELECT count(*) FROM (SELECT 1 FROM tasks WHERE state = 'queued' AND queue = ? AND priority = ? AND seq < ? LIMIT ?)"
+DEPENDS_ON: Final = (
+    "SELECT t.id, t.state, t.result FROM dependencies d JOIN tasks t ON t.seq = d.on_seq WHERE d.task_seq = ?"
+)
+REASONS_BLOCKED: Final = (
+    "SELECT queue, reason, count(*) FROM"
+    " (SELECT queue, reason FROM tasks WHERE state = 'blocked' AND state IN ('blocked', 'held', 'retryable')"
+    " AND queue > ? LIMIT ?) GROUP BY queue, reason"  # the index's own condition: else SQLite does not take it
+)
+REASONS_HELD: Final = REASONS_BLOCKED.replace("state = 'blocked'", "state = 'held'")
+REASONS_RETRYABLE: Final = REASONS_BLOCKED.replace("state = 'blocked'", "state = 'retryable'")
+READY_OF_RUNNER: Final = (
+    "SELECT count(*) FROM (SELECT 1 FROM tasks WHERE state = 'queued' AND queue = ? AND runner = ? LIMIT ?)"
+)
+PAUSED: Final = "SELECT queue, at FROM paused_queues"
 SPEC: Final = "SELECT spec FROM tasks WHERE seq = ?"
 ALERTS: Final = (
     "SELECT seq, type, at, delivery_id FROM entries WHERE kind = 'alert' AND at >= ? ORDER BY at DESC LIMIT ?"
@@ -113,6 +131,7 @@ class Written(msgspec.Struct, frozen=True):
 
     labels: list[str] | None = None
     not_before: str | None = None
+    prompt_ref: str | None = None
 
 
 class _Envelope(msgspec.Struct, frozen=True):

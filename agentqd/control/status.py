@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+from collections import Counter
 from typing import Any, Final
 
 import msgspec
@@ -13,6 +14,7 @@ from aiohttp import web
 from agentqd.control import queries, sinks
 from agentqd.control.attention import attention
 from agentqd.control.queries import AlertSeen, Counts
+from agentqd.control.reasons import reasons_by_queue
 from agentqd.control.room import Room
 from agentqd.control.route import Call, Route, answer
 from agentqd.control.sinks import SinksSeen, names_of, sink_view
@@ -22,7 +24,9 @@ from agentqd.core.outbox import RowState
 from agentqd.core.routing import REJECTED
 from agentqd.core.task import TaskRequest, read_task
 from agentqd.core.units import format_time
+from agentqd.storage import runner_limits
 from agentqd.storage import tasks as store
+from agentqd.storage.runner_limits import RunnerLimit
 from agentqd.storage.tasks import TaskRow
 
 US: Final = 1_000_000
@@ -42,6 +46,7 @@ class Seen(msgspec.Struct):
     sinks: SinksSeen
     alerts: list[AlertSeen]
     sources: list[tuple[str, int, int, int, str]]
+    limits: dict[str, RunnerLimit]
 
 
 def look(connection: sqlite3.Connection, now_us: int) -> Seen:
@@ -67,6 +72,7 @@ def look(connection: sqlite3.Connection, now_us: int) -> Seen:
         sinks=sinks.look(connection),
         alerts=queries.alerts_since(connection, now_us - ALERTS_OF_US),
         sources=connection.execute(queries.SOURCES).fetchall(),
+        limits=runner_limits.all_closed(connection, now_us),
     )
 
 
@@ -74,13 +80,24 @@ async def status_view(room: Room) -> dict[str, Any]:
     """The status object."""
     now = room.box.clock.now_us()
     seen = await room.box.journal.read(lambda c: look(c, now))
+    reasons = await room.box.journal.read(lambda c: reasons_by_queue(room, c, seen.counts.tasks))
     view: dict[str, Any] = {
         "box": room.box.name,
         "daemon": _daemon(room),
         "supervisor": _supervisor(room),
         "tasks": _sums(seen.counts, 1, tuple(state.value for state in State if state is not State.NEW)),
         "results": _sums(seen.counts, 2, tuple(result.value for result in Result)),
-        "queues": _queues(room, seen, now),
+        "waiting": dict(sorted(sum((Counter(each) for each in reasons.values()), Counter()).items())),
+        "queues": _queues(room, seen, reasons, now),
+        "runner_limits": {
+            name: {
+                "since": format_time(limit.since),
+                "until": format_time(limit.until),
+                "known": limit.known,
+                "task_id": limit.task_id,
+            }
+            for name, limit in sorted(seen.limits.items())
+        },
         "outbox": _outbox(room, seen),
         "sinks": _sinks(room, seen, now),
         "alerts": [_alert(alert) for alert in seen.alerts],
@@ -141,7 +158,7 @@ def _sums(counts: Counts, column: int, names: tuple[str, ...]) -> dict[str, int]
     return sums
 
 
-def _queues(room: Room, seen: Seen, now: int) -> dict[str, Any]:
+def _queues(room: Room, seen: Seen, reasons: dict[str, dict[str, int]], now: int) -> dict[str, Any]:
     running: dict[str, int] = {}
     waiting: dict[str, int] = {}
     for queue, state, _, n in seen.counts.tasks:
@@ -158,6 +175,7 @@ def _queues(room: Room, seen: Seen, now: int) -> dict[str, Any]:
             "concurrency": room.box.concurrency(name),
             "paused": name in paused,
             "oldest_waiting_s": _age_s(seen.oldest_ready.get(name), now),
+            "reasons": reasons.get(name, {}),
         }
         for name in sorted(names)
     }

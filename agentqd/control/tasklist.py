@@ -17,9 +17,10 @@ from aiohttp import web
 
 from agentqd.control import queries
 from agentqd.control.queries import Written, task_row, written
+from agentqd.control.reasons import Looker, SeenWaiting
 from agentqd.control.room import Room
 from agentqd.control.route import Call, Param, Route, answer, comma_list
-from agentqd.control.views import Slots, task_summary
+from agentqd.control.views import task_summary
 from agentqd.core.lifecycle import ACTIVE_STATES, Result, State
 from agentqd.core.limits import LIST_ROWS_DEFAULT, LIST_ROWS_MAX
 from agentqd.storage.tasks import TaskRow
@@ -172,14 +173,16 @@ async def summaries(room: Room, tasks: list[TaskRow]) -> list[dict[str, Any]]:
 
         def query(
             connection: sqlite3.Connection, part: list[TaskRow] = part
-        ) -> tuple[Slots, list[tuple[Written, int | None]]]:
-            slots = Slots(queries.active_by_queue(connection))
-            return slots, [(written(connection, task.seq), pid_of(connection, task)) for task in part]
+        ) -> list[tuple[Written, SeenWaiting, int | None]]:
+            looker = Looker(room, connection)
+            return [
+                (written(connection, task.seq), looker.look(task), pid_of(connection, task)) for task in part
+            ]
 
-        slots, details = await room.box.journal.read(query)
+        details = await room.box.journal.read(query)
         shown += [
-            task_summary(room, task, text, slots, pid)
-            for task, (text, pid) in zip(part, details, strict=True)
+            task_summary(room, task, text, seen, pid)
+            for task, (text, seen, pid) in zip(part, details, strict=True)
         ]
     return shown
 

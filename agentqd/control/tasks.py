@@ -12,10 +12,11 @@ from aiohttp import web
 from agentqd.control import queries
 from agentqd.control.logs import size_of
 from agentqd.control.queries import Written
+from agentqd.control.reasons import Looker, SeenWaiting
 from agentqd.control.room import Room
 from agentqd.control.route import Call, Handler, Route, answer, known_fields
 from agentqd.control.tasklist import pid_of
-from agentqd.control.views import OutboxRow, Slots, attempt_view, outbox_view, settings_view, task_summary
+from agentqd.control.views import OutboxRow, attempt_view, outbox_view, settings_view, task_summary
 from agentqd.core.errors import NoSuchTask
 from agentqd.core.limits import LIST_ROWS_MAX
 from agentqd.core.resolve import resolve
@@ -37,7 +38,7 @@ class Shown(msgspec.Struct):
 
     task: TaskRow
     spec: bytes
-    slots: Slots
+    waiting: SeenWaiting
     pid: int | None
     attempts: list[AttemptRow]
     rows: list[OutboxRow]
@@ -56,7 +57,7 @@ def no_such_task(task_id: str) -> NoSuchTask:
     return NoSuchTask(f"there is no task {task_id[:80]!r}", id=task_id[:80])
 
 
-def _read_shown(connection: sqlite3.Connection, task_id: str) -> Shown | None:
+def _read_shown(room: Room, connection: sqlite3.Connection, task_id: str) -> Shown | None:
     task = store.find(connection, task_id)
     if task is None:
         return None
@@ -64,7 +65,7 @@ def _read_shown(connection: sqlite3.Connection, task_id: str) -> Shown | None:
     return Shown(
         task=task,
         spec=store.spec_of(connection, task.seq)[0],
-        slots=Slots(queries.active_by_queue(connection)),
+        waiting=Looker(room, connection).look(task),
         pid=pid_of(connection, task),
         attempts=store.attempts_of(connection, task.seq),
         rows=OutboxRow.fetch(connection, _OF_TASK, (task.seq, LIST_ROWS_MAX)),
@@ -74,12 +75,12 @@ def _read_shown(connection: sqlite3.Connection, task_id: str) -> Shown | None:
 
 async def show_task(call: Call) -> web.StreamResponse:
     room, task_id = call.room, task_id_of(call)
-    shown = await room.box.journal.read(lambda c: _read_shown(c, task_id))
+    shown = await room.box.journal.read(lambda c: _read_shown(room, c, task_id))
     if shown is None:
         raise no_such_task(task_id)
     task, request = shown.task, read_task(shown.spec)
-    written = Written(request.labels, request.not_before)
-    view = task_summary(room, task, written, shown.slots, shown.pid)
+    written = Written(request.labels, request.not_before, request.prompt_ref)
+    view = task_summary(room, task, written, shown.waiting, shown.pid)
     view["attempts"] = [_with_sizes(attempt_view(room, task, request, attempt)) for attempt in shown.attempts]
     view["outbox"] = [outbox_view(room, row) for row in shown.rows]
     view["events"] = [
@@ -144,6 +145,10 @@ ROUTES: Final = (
     ),
     _route("cancel", "End a task; a running worker is ended first.", _action(_cancel)),
     _route("hold", "Keep a waiting task from starting.", _action(_hold)),
-    _route("release", "Undo a hold.", _action(_release)),
-    _route("retry", "A new run of a finished task.", _action(_retry, says_run=True)),
+    _route("release", "Undo a hold, or end a backoff.", _action(_release)),
+    _route(
+        "retry",
+        "A new run of a finished task; of one that backs off, its next attempt now.",
+        _action(_retry, says_run=True),
+    ),
 )

@@ -9,87 +9,24 @@ from typing import Any, Final
 import msgspec
 
 from agentqd.control.queries import Written
+from agentqd.control.reasons import SeenWaiting, waiting_for
 from agentqd.control.room import Room
-from agentqd.core.lifecycle import ACTIVE_STATES, State
+from agentqd.core.lifecycle import ACTIVE_STATES
 from agentqd.core.resolve import Resolved, resolve
 from agentqd.core.routing import COMPLETIONS, REJECTED
 from agentqd.core.task import TaskRequest
-from agentqd.core.units import encode_unit, format_time, parse_time_us
+from agentqd.core.units import encode_unit, format_time
 from agentqd.core.waking import total_deadline_us
-from agentqd.loops.scheduling import waiting_reason
 from agentqd.storage.tasks import AttemptRow, TaskRow
 
 US: Final = 1_000_000
-_TEXTS: Final = {
-    "queue_removed": "its queue {queue} is no longer in the config",
-    "queue_paused": "queue {queue} is paused",
-    "draining": "the daemon is draining: nothing new starts",
-    "no_supervisor": "no supervisor is connected",
-    "no_free_slot": "all slots are in use",
-    "starting": "it is about to start",
-    "start_time": "its start time lies ahead",
-    "held": "it is held until somebody releases it",
-    "backoff": "it backs off before its next attempt",
-    "prompt_missing": "its prompt file is not there yet",
-    "write_conflict": "another task claims what it writes to",
-    "dependency": "a task that it comes after has not ended",
-    "usage_limit": "the usage limit of its runner is reached",
-    "blocked": "it is blocked",
-}
-
-
-class Slots(msgspec.Struct, frozen=True):
-    """What decides whether a ready task could start now."""
-
-    active: dict[str, int]  # queue: running or stopping
-
-    def busy(self, room: Room, queue: str) -> bool:
-        full = sum(self.active.values()) >= room.box.max_workers
-        return full or self.active.get(queue, 0) >= room.box.concurrency(queue)
-
-
-def waiting_for(room: Room, task: TaskRow, written: Written, slots: Slots) -> dict[str, Any] | None:
-    """Why a waiting task waits, for machines and for people; None for one that does not wait."""
-    reason = waiting_reason(
-        task,
-        room.box,
-        paused=task.queue in room.paused,
-        connected=room.parts.supervision.link.connected,
-        busy=slots.busy(room, task.queue),
-    )
-    if reason is None:
-        return None
-    text = _TEXTS.get(reason)
-    if text is None or task.state is State.RETRYABLE:
-        text = _text_of_state(task, reason)
-    return {
-        "reason": reason,
-        "until": format_time(_until(room, task, written, reason)),
-        "text": text.format(queue=task.queue),
-    }
-
-
-def _text_of_state(task: TaskRow, reason: str) -> str:
-    plain = reason.replace("_", " ").replace("{", "").replace("}", "")
-    if task.state is State.RETRYABLE:
-        return f"its last attempt ended ({plain}); it backs off before the next one"
-    return f"held: {plain}" if task.state is State.HELD else plain
-
-
-def _until(room: Room, task: TaskRow, written: Written, reason: str) -> int | None:
-    if task.state is State.SCHEDULED:
-        return parse_time_us(written.not_before) if written.not_before else task.wake_at
-    if task.state is State.RETRYABLE:
-        return task.wake_at
-    if reason == "prompt_missing":
-        return task.run_at + int(room.box.settings.limits.late_prompt * US)
-    return None
 
 
 def task_summary(
-    room: Room, task: TaskRow, written: Written, slots: Slots, pid: int | None
+    room: Room, task: TaskRow, written: Written, seen: SeenWaiting, pid: int | None
 ) -> dict[str, Any]:
-    """A task as lists show it."""
+    """A task as lists show it. `reason` of a waiting task: what stands in its row, else why it waits."""
+    waiting = waiting_for(room, task, written, seen)
     live = room.parts.supervision.live.get(task.id) if task.state in ACTIVE_STATES else None
     running = live.running if live is not None and live.task.attempt == task.attempt else None
     return {
@@ -99,7 +36,7 @@ def task_summary(
         "runner": task.runner,
         "state": task.state.value,
         "result": task.result,
-        "reason": task.reason,
+        "reason": task.reason or (waiting["reason"] if waiting is not None else None),
         "detail": task.detail,
         "run": task.run,
         "priority": task.priority,
@@ -108,7 +45,7 @@ def task_summary(
         "accepted_at": format_time(task.accepted_at),
         "started_at": format_time(running.started_at if running is not None else task.started_at),
         "finished_at": format_time(task.finished_at),
-        "waiting_for": waiting_for(room, task, written, slots),
+        "waiting_for": waiting,
         "source": msgspec.json.decode(task.source),
         "folder": f"{room.box.folders.tasks}/{task.id}",
         "attempt": task.attempt,

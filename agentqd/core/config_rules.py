@@ -8,6 +8,7 @@ from typing import Final
 
 from agentqd.core.config_problem import Problem, at_least_one, nearest
 from agentqd.core.lifecycle import Result
+from agentqd.core.limits import USAGE_LIMIT_SIGN_CHARS_MAX, USAGE_LIMIT_SIGNS_MAX
 from agentqd.core.resolve import ALWAYS_RUNNERS
 from agentqd.core.routing import COMPLETIONS
 from agentqd.core.runners import PLACEHOLDERS, PRESETS, RunnerSpec, runner_spec
@@ -182,4 +183,11 @@ def _check_runner(settings: Settings, name: str, runner: Runner) -> Iterator[Pro
         if not path.startswith("/"):
             yield Problem((*key, "env_files", n), f"{path!r} is not an absolute path")
     yield from _check_allowed(settings, (*key, "allow_deliver_to"), runner.allow_deliver_to)
+    if len(runner.usage_limit or ()) > USAGE_LIMIT_SIGNS_MAX:
+        yield Problem((*key, "usage_limit"), f"has more than {USAGE_LIMIT_SIGNS_MAX} texts")
+    for n, sign in enumerate(runner.usage_limit or ()):
+        letters = sum(char.isalnum() for char in sign)
+        if letters < 3 or len(sign) > USAGE_LIMIT_SIGN_CHARS_MAX or not sign.isprintable():
+            text = f"is a text of at most {USAGE_LIMIT_SIGN_CHARS_MAX} characters within a line, with at least 3 letters"
+            yield Problem((*key, "usage_limit", n), text)
     yield from _check_defaults(settings, (*key, "defaults"), runner.defaults)

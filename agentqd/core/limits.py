@@ -13,7 +13,7 @@ LABEL_CHARS_MAX = 128
 ARGV_ITEMS_MAX = 4096
 ARGV_BYTES_MAX = 1 * MIB  # the kernel's own limit for one argument is 128 KiB, for all about 2 MiB
 ENV_ITEMS_MAX = 512
-AFTER_MAX = 256
+AFTER_MAX = 1000
 WRITES_TO_MAX = 256
 PATH_BYTES_MAX = 4096  # the kernel's PATH_MAX
 PATH_NAME_BYTES_MAX = 255
@@ -50,6 +50,22 @@ ENTRY_BYTES_MAX = 256 * MIB
 ENTRIES_PER_TASK_MAX = 10_000
 ENTRY_KEY_BYTES_MAX = 255
 ATTACHMENTS_MAX = 100  # of one entry
+
+# Usage limits of agents: what is looked at of a failed attempt's stdout and of its stderr, and what is believed.
+USAGE_LIMIT_TAIL_BYTES = 32 * KIB
+USAGE_LIMIT_LINE_CHARS_MAX = 8 * KIB
+USAGE_LIMIT_TEXT_CHARS_MAX = 300
+USAGE_LIMIT_AHEAD_MAX_S = 7 * 86400
+USAGE_LIMIT_SIGNS_MAX = 32  # texts that a runner may have for it
+USAGE_LIMIT_SIGN_CHARS_MAX = 200
+
+# Waiting tasks: what is counted for people.
+AHEAD_SEEN_MAX = 1000  # tasks that go first; beyond them "more than"
+WAITING_REASONS_SEEN_MAX = 100_000  # waiting tasks of one state whose reasons are summed up
+DEPENDENCIES_SHOWN = 20  # tasks that one waits for, named
+FREED_AT_ONCE = (
+    1000  # tasks that the end of one frees in its own transaction; the others follow in the next ones
+)
 
 # Supervisor protocol and control socket.
 WIRE_MESSAGE_BYTES_MAX = 128 * MIB  # a 16 MiB prompt of control characters is 96 MiB of JSON

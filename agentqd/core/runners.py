@@ -39,7 +39,7 @@ class RunnerSpec(msgspec.Struct, frozen=True, kw_only=True):
     env: dict[str, str] = {}
     env_files: tuple[str, ...] = ()
     result: str = "text"
-    limit_signs: tuple[str, ...] = ()  # texts that say: usage limit, try again later
+    limit_signs: tuple[str, ...] = ()  # texts that say: usage limit, try again later (core/usage_limit.py)
     no_work_signs: tuple[str, ...] = ()
 
 
@@ -58,7 +58,7 @@ PRESETS: Final[dict[str, RunnerSpec]] = {
         inherit_env=("ANTHROPIC_*", "CLAUDE_*", "IS_SANDBOX"),  # AWS_* and the like only where a runner asks
         env={"DISABLE_AUTOUPDATER": "1"},
         result="claude-stream-json",
-        limit_signs=("rate_limit_event", "usage limit"),
+        limit_signs=("rate_limit_event", "usage limit", "rate limit", "limit reached", "hit your*limit", "out of*usage"),
         no_work_signs=("permission_denials", "empty_result"),
     ),
     # `-` reads the prompt from stdin; beside a prompt argument an open stdin hangs it. Its default sandbox is read-only: an editing
@@ -89,7 +89,7 @@ PRESETS: Final[dict[str, RunnerSpec]] = {
         prompt="argument",
         inherit_env=("OPENCODE_*", "ANTHROPIC_*", "OPENAI_*", "GEMINI_*", "OPENROUTER_*"),
         result="opencode-jsonl",
-        limit_signs=("rate limit", "quota"),
+        limit_signs=("usage limit", "rate limit", "quota"),
     ),
     # Exits 0 even when no model was reached: only evidence tells.
     "aider": RunnerSpec(
@@ -133,6 +133,8 @@ def runner_spec(name: str, options: Runner) -> RunnerSpec:
         and options.command is None
     ):
         changes["argv"] = (*base.argv, "--", "{prompt}")
+    if options.usage_limit is not None:
+        changes["limit_signs"] = tuple(options.usage_limit)
     if options.inherit_env is not None:
         changes["inherit_env"] = tuple(options.inherit_env)
     return msgspec.structs.replace(base, **changes)

@@ -92,6 +92,7 @@ class Runner(Strict, frozen=True):
     )
     allow_deliver_to: list[str] | None = None  # as a queue's; both must allow
     check_writes: bool = False  # name what changed below the workdir and was not declared
+    usage_limit: list[str] | None = None  # texts; None: the preset's
     defaults: Defaults = Defaults()
 
 

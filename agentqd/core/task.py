@@ -239,6 +239,8 @@ def _check_when(task: TaskRequest) -> None:
     for name in task.after_list():
         if not TASK_ID.fullmatch(name):
             raise _bad("after", f"{name[:80]!r} is not a task id")
+    if task.id is not None and task.id in task.after_list():
+        raise _bad("after", f"the task {task.id} cannot come after itself", code="dependency_cycle")
     if task.after_policy is not None and not task.after_list():
         raise _bad("after_policy", "says nothing without after")
 

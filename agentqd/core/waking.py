@@ -32,6 +32,13 @@ def next_wake_us(times: list[tuple[int, What]], now_us: int) -> int | None:
     return min(ahead) if ahead else None
 
 
+def last_start_us(times: list[tuple[int, What]], *, expires: bool) -> int | None:
+    """From then on no attempt starts any more."""
+    return min(
+        (at for at, what in times if what == "total_timeout" or (what == "expires" and expires)), default=None
+    )
+
+
 def total_deadline_us(resolved: Resolved, run_at_us: int) -> int | None:
     return None if resolved.total_timeout_s is None else run_at_us + int(resolved.total_timeout_s * US)
 

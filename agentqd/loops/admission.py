@@ -113,7 +113,7 @@ def admit_entangled(tx: Transaction, box: Box, item: Candidate, refused: TaskRow
     `refused`: the task that had this id before, whose row it takes over.
     """
     request, new = item.request, item.new
-    found = store.find_many(tx, request.after_list())
+    found = _dependencies(tx, request.after_list())
     wrong = _wrong_dependency(tx, request.after_list(), found, refused)
     if wrong is not None:
         return wrong
@@ -142,6 +142,13 @@ def admit_entangled(tx: Transaction, box: Box, item: Candidate, refused: TaskRow
     return Accepted(new.id, seq, task.state)
 
 
+def _dependencies(tx: Transaction, names: list[str]) -> dict[str, TaskRow]:
+    """The tasks that are meant: of an id that was used again after its dedup time, the newest."""
+    newest = {name: _newest_replay(tx, name) for name in names}
+    rows = store.find_many(tx, [*newest.values(), *names])
+    return {name: row for name in names if (row := rows.get(newest[name]) or rows.get(name)) is not None}
+
+
 def _wrong_dependency(
     tx: Transaction, names: list[str], found: dict[str, TaskRow], refused: TaskRow | None
 ) -> InvalidTask | None:
@@ -150,7 +157,8 @@ def _wrong_dependency(
     missing = [name for name in names if name not in found]
     if missing:
         return InvalidTask(
-            f"after: there is no task {missing[0]}; it must be submitted before the tasks that come after it",
+            f"after: there is no task {missing[0]}; it must be submitted before the tasks that come after it (of lines: stand"
+            " in an earlier one); one that ended long ago is gone with retention.tasks",
             code="unknown_dependency",
             field="after",
         )

@@ -93,7 +93,7 @@ def claim_again(tx: Transaction, box: Box, task: TaskRow, writes: Writes, policy
         warn(tx, box, task, met)
 
 
-def in_line(tx: Transaction, task: TaskRow) -> intents.Conflict | None:
+def in_line(tx: intents.Source, task: TaskRow) -> intents.Conflict | None:
     """The newest claim that a task has to wait for, if there is one."""
     mine = intents.claim_of(tx, task.seq)
     if mine is None:

@@ -14,10 +14,12 @@ from typing import Any, Final
 
 import msgspec
 
+from agentqd.core.config_rules import effective_runner
 from agentqd.core.errors import JournalError
 from agentqd.core.lifecycle import ACTIVE_STATES
 from agentqd.core.resolve import resolve
 from agentqd.core.task import read_task
+from agentqd.core.usage_limit import Limit, find_limit
 from agentqd.core.verdict import RESULT_GRACE
 from agentqd.loops import dropfolder, evidence, undeclared
 from agentqd.loops.execs import Execs
@@ -177,8 +179,25 @@ class Ends:
                     return msgspec.structs.replace(end, failed_reason=reason)
             else:
                 seen = msgspec.structs.replace(seen, problems=[*seen.problems, *scan.problems])
-                return msgspec.structs.replace(end, seen=seen, handed=scan.handed, keys=frozenset(live.keys))
+                return msgspec.structs.replace(
+                    end,
+                    seen=seen,
+                    handed=scan.handed,
+                    keys=frozenset(live.keys),
+                    limit=self._limit(live, exited, folder),
+                )
         raise AssertionError("unreachable")
+
+    def _limit(self, live: Live, exited: wire.Exited, folder: str) -> Limit | None:
+        """Did it fail because its runner's usage limit is reached? Never asked of what we ended, or of what succeeded."""
+        runner = effective_runner(self.box.settings, live.task.runner)
+        if runner is None or not runner.limit_signs or exited.intent is not None or exited.signal is not None:
+            return None
+        stdout, stderr = evidence.last_words(folder, exited.stdout_bytes, exited.stderr_bytes)
+        now = self.box.clock.now_us()
+        return find_limit(
+            runner.limit_signs, runner.result, stdout, stderr, now, exited_zero=exited.exit_code == 0
+        )
 
     def _workdir(self, live: Live) -> str | None:
         """Where it worked, if the task or the config named a place; None: in its own work folder."""

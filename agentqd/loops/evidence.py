@@ -69,20 +69,31 @@ def collect(asked: Asked) -> Seen:
     return Seen(tail, len(found), tuple(expected), artifacts, truncated, problems)
 
 
+def last_words(folder: str, stdout_bytes: int, stderr_bytes: int) -> tuple[str, str]:
+    """The ends of stdout and stderr, for what the worker's own program says of its failure."""
+    most, problems = limits.USAGE_LIMIT_TAIL_BYTES, list[str]()
+    stdout = _tail_of(f"{folder}/stdout", most, problems) if stdout_bytes else ""
+    return stdout, _tail_of(f"{folder}/stderr", most, problems) if stderr_bytes else ""
+
+
 def _tail(asked: Asked, problems: list[str]) -> str:
     if not asked.stdout_bytes:
         return ""
+    return _tail_of(f"{asked.folder}/stdout", limits.STDOUT_TAIL_BYTES, problems)
+
+
+def _tail_of(path: str, most: int, problems: list[str]) -> str:
     try:
-        descriptor = os.open(f"{asked.folder}/stdout", _READ | os.O_NOFOLLOW)
+        descriptor = os.open(path, _READ | os.O_NOFOLLOW)
     except OSError as error:
-        problems.append(f"stdout: {error.strerror}")
+        problems.append(f"{os.path.basename(path)}: {error.strerror}")
         return ""
     try:
         size = os.fstat(descriptor).st_size
-        raw = os.pread(descriptor, limits.STDOUT_TAIL_BYTES, max(0, size - limits.STDOUT_TAIL_BYTES))
+        raw = os.pread(descriptor, most, max(0, size - most))
     finally:
         os.close(descriptor)
-    if size > limits.STDOUT_TAIL_BYTES:
+    if size > most:
         raw = raw.lstrip(bytes(range(0x80, 0xC0)))  # do not begin inside a character
     return raw.decode("utf-8", "replace")
 

@@ -13,19 +13,20 @@ import msgspec
 from agentqd.core.envelope import delivery_id, seal
 from agentqd.core.lifecycle import ACTIVE_STATES, Event, Result, State
 from agentqd.core.resolve import Resolved, resolve
-from agentqd.core.retry import LOST_REQUEUES_MAX, RETRIED_RESULTS, wait_s
 from agentqd.core.routing import Subject, sinks_for
 from agentqd.core.task import TaskRequest
 from agentqd.core.units import format_time
+from agentqd.core.usage_limit import Limit
 from agentqd.core.verdict import CANCELLED, Ended, Evidence, Verdict, judge
-from agentqd.core.waking import total_deadline_us
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
 from agentqd.loops.claimorder import grant_those
 from agentqd.loops.dropfolder import Handed, record
 from agentqd.loops.evidence import Seen, as_json
+from agentqd.loops.nextattempt import too_late, what_next
 from agentqd.loops.unblocking import candidates_after, request_of, unblock, what_blocks
 from agentqd.loops.undeclared import Undeclared
+from agentqd.loops.usage_limits import USAGE_LIMIT
 from agentqd.storage import outbox
 from agentqd.storage import tasks as store
 from agentqd.storage.tasks import AttemptRow, TaskRow
@@ -33,6 +34,9 @@ from agentqd.storage.transaction import Transaction
 from agentqd.supervisor.wire import Exited
 
 US: Final = 1_000_000
+_TELLS: Final = frozenset(
+    {Result.SUCCESS, Result.FAILED, Result.NO_WORK}
+)  # its runner's limit is not reached
 
 
 class AttemptEnd(msgspec.Struct, frozen=True):
@@ -50,6 +54,7 @@ class AttemptEnd(msgspec.Struct, frozen=True):
     check_passed: bool | None = None
     check_detail: str | None = None
     undeclared: Undeclared | None = None  # where the runner has check_writes
+    limit: Limit | None = None  # the agent said that its usage limit is reached
 
 
 class Finished(msgspec.Struct, frozen=True):
@@ -83,7 +88,7 @@ def finish_attempt(tx: Transaction, box: Box, end: AttemptEnd) -> Finished | Non
             paths=end.undeclared.paths[:10],
         )
     _tell(tx, box, task, verdict)
-    event, wake = _what_next(tx, task, attempt, verdict, resolved)
+    event, wake = what_next(tx, box, task, attempt, (end.request, end.limit), verdict, resolved)
     if event is Event.FINISHED:
         moved = _finish(tx, task, event, verdict, said)
         data = result_data(box, moved, end, evidence, said, tx.now_us)
@@ -91,7 +96,14 @@ def finish_attempt(tx: Transaction, box: Box, end: AttemptEnd) -> Finished | Non
         _settle_others(tx, box, moved)
     else:
         moved = store.move_task(
-            tx, task, event, said=said, reason=verdict.reason, detail=verdict.detail, wake_at=wake
+            tx,
+            task,
+            event,
+            said={**said, "next_at": format_time(wake)} if event is Event.ATTEMPT_ENDED else said,
+            reason=verdict.reason,
+            detail=verdict.detail,
+            run_attempts=task.run_attempts - (1 if verdict.reason == USAGE_LIMIT else 0),
+            wake_at=wake,
         )
         tx.later(lambda: _log_attempt(box, moved, verdict, wake))
     return Finished(moved, verdict)
@@ -118,6 +130,8 @@ def _verdict(end: AttemptEnd, evidence: Evidence, resolved: Resolved) -> Verdict
         return Verdict(Result.FAILED, *end.failed_reason)
     if end.exited is None:
         return Verdict(Result.LOST, end.lost_reason or "lost", "nobody knows how it ended")
+    if end.limit is not None:
+        return Verdict(Result.FAILED, USAGE_LIMIT, end.limit.text)
     exited = end.exited
     ended = Ended(
         exited.exit_code, exited.signal, exited.intent, exited.error if exited.pid is None else None
@@ -186,30 +200,6 @@ def evidence_json(end: AttemptEnd, evidence: Evidence) -> dict[str, Any]:
     return data
 
 
-def _what_next(
-    tx: Transaction, task: TaskRow, attempt: AttemptRow, verdict: Verdict, resolved: Resolved
-) -> tuple[Event, int | None]:
-    """The event that follows, and when a waiting task is to be looked at again."""
-    if attempt.intent == CANCELLED:
-        return Event.FINISHED, None
-    if verdict.result is Result.LOST:
-        if resolved.on_lost == "hold":
-            return Event.ATTEMPT_HELD, None
-        lost = tx.one(
-            "SELECT count(*) FROM attempts WHERE task_seq=? AND run=? AND result='lost'", (task.seq, task.run)
-        )[0]
-        again = resolved.on_lost == "requeue" and lost < LOST_REQUEUES_MAX
-    else:
-        again = verdict.result in RETRIED_RESULTS and task.run_attempts < resolved.max_attempts
-    if not again:
-        return Event.FINISHED, None
-    wake = tx.now_us + int(wait_s(resolved.backoff, task.run_attempts) * US)
-    deadline = total_deadline_us(resolved, task.run_at)
-    if deadline is not None and wake >= deadline:
-        return Event.FINISHED, None
-    return Event.ATTEMPT_ENDED, wake
-
-
 def _tell(tx: Transaction, box: Box, task: TaskRow, verdict: Verdict) -> None:
     if verdict.result is Result.NO_WORK:
         message = f"task {task.id} ({task.name}) ended with exit 0 and did no work: {verdict.detail}"
@@ -256,7 +246,8 @@ def _settle(tx: Transaction, box: Box, task: TaskRow) -> TaskRow:
     request = request_of(tx, task)
     reason, detail = what_blocks(tx, task, request)
     if reason is None:
-        return unblock(tx, box, task, request)
+        late = too_late(tx, box, task, request)
+        return unblock(tx, box, task, request) if late is None else _end_waiting(tx, box, task, *late)
     if reason == "dependency_failed":
         return _end_waiting(tx, box, task, Event.REFUSED, Verdict(Result.REFUSED, reason, detail))
     tx.execute("UPDATE tasks SET reason = ?, detail = ? WHERE seq = ?", (reason, detail, task.seq))

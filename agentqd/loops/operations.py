@@ -15,6 +15,7 @@ from agentqd.loops.finishing import finish_waiting, look_again, settle
 from agentqd.loops.reclaiming import reclaim
 from agentqd.loops.supervision import Supervision
 from agentqd.loops.unblocking import request_of, what_blocks
+from agentqd.loops.usage_limits import USAGE_LIMIT, lift
 from agentqd.storage import intents
 from agentqd.storage import tasks as store
 from agentqd.storage.paths import resolve_intents
@@ -46,12 +47,15 @@ def cancel(tx: Transaction, box: Box, supervision: Supervision, task_id: str) ->
 
 def hold(tx: Transaction, task_id: str) -> TaskRow:
     """Keep a waiting task from starting. Raises NoSuchTask, IllegalTransition."""
-    return store.move_task(tx, must_find(tx, task_id), Event.HOLD_REQUESTED, reason="held")
+    return store.move_task(tx, must_find(tx, task_id), Event.HOLD_REQUESTED, reason="held", detail=None)
 
 
 def release(tx: Transaction, box: Box, task_id: str) -> TaskRow:
-    """Undo a hold; a start time that lies ahead, or what else blocks it, still counts. Raises NoSuchTask, IllegalTransition."""
+    """Undo a hold; a start time that lies ahead, or what else blocks it, still counts. Of a task that backs off, or waits for a
+    usage limit: end that wait. Raises NoSuchTask, IllegalTransition."""
     task = must_find(tx, task_id)
+    if task.state in {State.RETRYABLE, State.QUEUED}:
+        return _now(tx, box, task)
     request = request_of(tx, task)
     times = wake_times(request, resolve(request, task.queue, task.runner, box.settings), task.run_at)
     later = any(at > tx.now_us for at, what in times if what == "start_time")
@@ -74,11 +78,14 @@ def release(tx: Transaction, box: Box, task_id: str) -> TaskRow:
 
 def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
     """A new run of a finished task: its attempts start anew, its result gets a new id, delivered keys are not sent again.
+    Of a task that backs off, or waits for a usage limit: its next attempt now.
 
     Of the tasks that it comes after those that have ended have no say any more (a person's word); those that have not, have.
-    It claims its places anew, under the policy of today. Raises NoSuchTask, IllegalTransition (not finished), WriteConflict.
+    It claims its places anew, under the policy of today. Raises NoSuchTask, IllegalTransition (neither), WriteConflict.
     """
     task = must_find(tx, task_id)
+    if task.state is not State.FINISHED:
+        return _now(tx, box, task)
     request = request_of(tx, task)
     resolved = resolve(request, task.queue, task.runner, box.settings)
     times = wake_times(request, resolved, tx.now_us)
@@ -102,6 +109,39 @@ def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
     if reason is not None:
         return store.move_task(tx, moved, Event.BLOCKED, reason=reason, detail=detail)
     return moved
+
+
+def _now(tx: Transaction, box: Box, task: TaskRow) -> TaskRow:
+    """End a wait that only time would end. Raises IllegalTransition, saying what the task does instead."""
+    if task.state is State.RETRYABLE:
+        if task.reason == USAGE_LIMIT:
+            lift(tx, task.runner, "person")
+        request = request_of(tx, task)
+        times = wake_times(request, resolve(request, task.queue, task.runner, box.settings), task.run_at)
+        wake = next_wake_us(times, tx.now_us)
+        moved = store.move_task(
+            tx,
+            task,
+            Event.BACKOFF_ENDED,
+            said={"by": "person"},
+            reason=None,
+            detail=None,
+            wake_at=wake,
+        )
+        return reclaim(tx, box, moved)
+    if task.state is State.QUEUED and lift(tx, task.runner, "person"):
+        return task
+    what = {
+        State.SCHEDULED: "has not run yet: it waits for its start time",
+        State.QUEUED: "has not run yet: it starts as soon as it can",
+        State.BLOCKED: f"has not run yet: it is blocked ({task.reason}: {task.detail})",
+        State.HELD: f"is held; agentqctl release {task.id} lets it go on",
+        State.RUNNING: f"is running (attempt {task.attempt}); wait for its end, or cancel it first",
+        State.STOPPING: f"is being ended (attempt {task.attempt}); retry it then",
+    }[task.state]
+    raise IllegalTransition(
+        f"task {task.id} {what}; nothing was changed", state=task.state.value, reason=task.reason
+    )
 
 
 _FORGET_ENDED: Final = (

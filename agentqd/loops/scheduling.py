@@ -4,7 +4,8 @@ claimed in the same transaction, so that one fdatasync stands between a line and
 Invariants:
 1. A claim names attempt, daemon epoch and supervisor instance; nothing is claimed without a connected supervisor.
 2. Never more than `max_workers` in all and a queue's concurrency within it are running or stopping.
-3. Between queues with free slots the one with the smallest share of its slots in use goes first (a flood in one delays no
+3. A runner whose usage limit is reached starts nothing until it is over; its tasks are passed over, not moved.
+4. Between queues with free slots the one with the smallest share of its slots in use goes first (a flood in one delays no
    other), then the higher priority, then the older task; within a queue: priority, then age.
 """
 
@@ -16,6 +17,8 @@ import msgspec
 
 from agentqd.core.lifecycle import Event, State
 from agentqd.loops.box import Box
+from agentqd.loops.usage_limits import USAGE_LIMIT
+from agentqd.storage import runner_limits
 from agentqd.storage import tasks as store
 from agentqd.storage.tasks import TaskRow
 from agentqd.storage.transaction import Transaction
@@ -52,6 +55,7 @@ class Scheduler:
         self.target: Target | None = None
         self.paused: frozenset[str] = frozenset()
         self._empty: set[str] = set()  # queues in which nothing was ready when last looked at
+        self._closed: frozenset[str] = frozenset()  # runners whose usage limit was reached then
 
     async def load(self) -> None:
         """What a person has paused stays paused over a restart."""
@@ -73,6 +77,10 @@ class Scheduler:
             self._empty.discard(queue)
         if target is None or box.draining:
             return
+        closed = runner_limits.closed(tx, tx.now_us)
+        if closed != self._closed:
+            self._closed = closed
+            self._empty.clear()
         names = [
             name
             for name in {"default", *box.settings.queues}
@@ -100,7 +108,11 @@ class Scheduler:
             room = min(free, self._box.concurrency(name) - running.get(name, 0))
             if room <= 0:
                 continue
-            heads = store.heads(tx, name, room)
+            heads = (
+                store.heads_of_open(tx, name, room, self._closed)
+                if self._closed
+                else store.heads(tx, name, room)
+            )
             if heads:
                 ready[name] = heads[::-1]
             if len(heads) < room:
@@ -134,31 +146,37 @@ class Scheduler:
             run_attempts=task.run_attempts + 1,
             started_at=tx.now_us,
             reason=None,
+            detail=None,
             wake_at=None,
         )
         store.insert_attempt(tx, claimed, self._box.journal.epoch, target.instance, target.boot_id)
         return Claim(claimed, *store.spec_of(tx, task.seq))
 
 
-def waiting_reason(task: TaskRow, box: Box, *, paused: bool, connected: bool, busy: bool) -> str | None:
-    """Why a waiting task waits, machine-readable; None for one that does not wait."""
+def waiting_reason(
+    task: TaskRow, box: Box, *, paused: bool, connected: bool, busy: bool, limited: bool = False
+) -> str | None:
+    """Why a waiting task waits, machine-readable; None for one that does not wait. The first that holds, in this order."""
     if task.state is State.QUEUED:
-        if task.queue != "default" and task.queue not in box.settings.queues:
-            return "queue_removed"
-        if paused:
-            return "queue_paused"
-        if box.draining:
-            return "draining"
-        if not connected:
-            return "no_supervisor"
-        return "no_free_slot" if busy else "starting"
-    reasons = {
-        State.SCHEDULED: "start_time",
-        State.HELD: "held",
-        State.RETRYABLE: "backoff",
-        State.BLOCKED: "blocked",
-    }
-    return None if task.state not in reasons else task.reason or reasons[task.state]
+        return ready_reason(task.queue, box, paused=paused, connected=connected, busy=busy, limited=limited)
+    if task.state is State.RETRYABLE:
+        return USAGE_LIMIT if task.reason == USAGE_LIMIT else "backoff"
+    if task.state is State.BLOCKED:
+        return task.reason or "blocked"
+    return {State.SCHEDULED: "start_time", State.HELD: "held"}.get(task.state)
+
+
+def ready_reason(queue: str, box: Box, *, paused: bool, connected: bool, busy: bool, limited: bool) -> str:
+    """The same for a task that only waits to be chosen."""
+    causes = (
+        (queue != "default" and queue not in box.settings.queues, "queue_removed"),
+        (paused, "queue_paused"),
+        (box.draining, "draining"),
+        (not connected, "no_supervisor"),
+        (limited, USAGE_LIMIT),
+        (busy, "no_free_slot"),
+    )
+    return next((reason for holds, reason in causes if holds), "starting")
 
 
 def _nothing(tx: Transaction) -> None:

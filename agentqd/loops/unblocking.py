@@ -7,7 +7,10 @@ are looked at when they come: nothing here can deadlock (docs/intents.md).
 
 from __future__ import annotations
 
+from typing import Final
+
 from agentqd.core.lifecycle import Event, Result, State
+from agentqd.core.limits import FREED_AT_ONCE
 from agentqd.core.resolve import resolve
 from agentqd.core.task import TaskRequest, read_task
 from agentqd.core.waking import next_wake_us, wake_times
@@ -20,6 +23,15 @@ from agentqd.storage.tasks import TaskRow
 from agentqd.storage.transaction import Transaction
 
 DEPENDENCY = "dependency"
+_BLOCKED: Final = "t.state = 'blocked' AND t.reason = 'dependency'"
+_DEPENDENTS: Final = (
+    f"SELECT d.task_seq FROM dependencies d JOIN tasks t ON t.seq = d.task_seq WHERE d.on_seq = ? AND {_BLOCKED}"  # noqa: S608 - fixed names
+    " ORDER BY d.task_seq LIMIT ?"
+)
+_PUT_OFF: Final = (
+    "UPDATE tasks AS t SET wake_at = ? WHERE t.seq IN (SELECT task_seq FROM dependencies WHERE on_seq = ? AND task_seq > ?)"  # noqa: S608 - fixed names
+    f" AND {_BLOCKED}"
+)
 
 
 def unblock(
@@ -29,7 +41,9 @@ def unblock(
     times = wake_times(request, resolve(request, task.queue, task.runner, box.settings), task.run_at)
     later = any(at > tx.now_us for at, what in times if what == "start_time")
     event = Event.UNBLOCKED_FOR_LATER if later else Event.UNBLOCKED
-    return store.move_task(tx, task, event, said=said, reason=None, wake_at=next_wake_us(times, tx.now_us))
+    return store.move_task(
+        tx, task, event, said=said, reason=None, detail=None, wake_at=next_wake_us(times, tx.now_us)
+    )
 
 
 def what_blocks(tx: Transaction, task: TaskRow, request: TaskRequest) -> tuple[str | None, str | None]:
@@ -63,11 +77,21 @@ def candidates_after(tx: Transaction, box: Box, ended: TaskRow) -> list[TaskRow]
     Outside claims that waited for it are seen to here.
     """
     intents.release(tx, ended.seq)
-    seqs = {row[0] for row in tx.execute("SELECT task_seq FROM dependencies WHERE on_seq = ?", (ended.seq,))}
+    seqs = set(_dependents(tx, ended))
     seqs |= set(intents.take_waiters(tx, ended.seq))
     grant_those(tx, box, seqs)
     rows = [store.get(tx, seq) for seq in sorted(seqs) if seq > 0]
     return [row for row in rows if row.state is State.BLOCKED and row.reason in {DEPENDENCY, WRITE_CONFLICT}]
+
+
+def _dependents(tx: Transaction, ended: TaskRow) -> list[int]:
+    """The blocked tasks that come after `ended`, oldest first; of very many those beyond FREED_AT_ONCE are looked at in the
+    next transactions (loops/waking.py), so that no commit waits long for this one."""
+    rows = tx.execute(_DEPENDENTS, (ended.seq, FREED_AT_ONCE)).fetchall()
+    if len(rows) == FREED_AT_ONCE:
+        tx.execute(_PUT_OFF, (tx.now_us, ended.seq, rows[-1][0]))
+        tx.will_wake(tx.now_us)
+    return [row[0] for row in rows]
 
 
 def request_of(tx: Transaction, task: TaskRow) -> TaskRequest:

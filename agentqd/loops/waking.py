@@ -20,6 +20,8 @@ from agentqd.loops.claiming import WRITE_CONFLICT
 from agentqd.loops.finishing import finish_waiting, settle
 from agentqd.loops.preparing import PROMPT_LOOK_AGAIN_US, prompt_roots
 from agentqd.loops.reclaiming import reclaim
+from agentqd.loops.unblocking import DEPENDENCY
+from agentqd.storage import runner_limits
 from agentqd.storage import tasks as store
 from agentqd.storage.prompts import Missing, read_prompt
 from agentqd.storage.tasks import TaskRow
@@ -52,7 +54,7 @@ class Waker:
         """Until cancelled. Raises JournalError."""
         while True:
             self.box.beat("waking")
-            self._next_us = await self.box.journal.read(store.next_wake)
+            self._next_us = await self.box.journal.read(_next_wake)
             now = self.box.clock.now_us()
             if self._next_us is not None and self._next_us <= now:
                 await self._turn()
@@ -86,8 +88,12 @@ class Waker:
         return prompts
 
     def _wake_due(self, tx: Transaction, prompts: Prompts) -> None:
-        for task in store.due(tx, tx.now_us, _BATCH):
-            self._wake(tx, task, prompts)
+        for runner in runner_limits.open_due(tx):
+            tx.event(None, "runner_limit_over", runner=runner)
+        for seen in store.due(tx, tx.now_us, _BATCH):
+            task = store.get(tx, seen.seq)  # one before it may have ended or freed it
+            if task.wake_at is not None and task.wake_at <= tx.now_us:
+                self._wake(tx, task, prompts)
 
     def _wake(self, tx: Transaction, task: TaskRow, prompts: Prompts) -> None:
         request = read_task(store.spec_of(tx, task.seq)[0])
@@ -113,13 +119,11 @@ class Waker:
         if event is Event.START_TIME_REACHED and not self._start_reached(tx, task):
             store.set_wake(tx, task.seq, after)
         elif event is not None:
-            reclaim(tx, self.box, store.move_task(tx, task, event, reason=None, wake_at=after))
+            reclaim(tx, self.box, store.move_task(tx, task, event, reason=None, detail=None, wake_at=after))
         else:
             store.set_wake(tx, task.seq, after)
-            if task.state is State.BLOCKED and task.reason == WRITE_CONFLICT:
-                settle(
-                    tx, self.box, store.get(tx, task.seq)
-                )  # a journal of an older version: noted anew whom it waits for
+            if task.state is State.BLOCKED and task.reason in {DEPENDENCY, WRITE_CONFLICT}:
+                settle(tx, self.box, task)  # freed together with very many: it was put off until now
 
     def _start_reached(self, tx: Transaction, task: TaskRow) -> bool:
         request = read_task(store.spec_of(tx, task.seq)[0])
@@ -157,3 +161,9 @@ class Waker:
             alert(tx, self.box, "prompt_missing", f"task {task.id} ({task.name}): {detail}", task=moved)
         else:
             store.set_wake(tx, task.seq, tx.now_us + PROMPT_LOOK_AGAIN_US)
+
+
+def _next_wake(connection: sqlite3.Connection) -> int | None:
+    """The earliest time at which a task, or a runner whose usage limit is reached, is to be looked at."""
+    times = (store.next_wake(connection), runner_limits.next_wake(connection))
+    return min((at for at in times if at is not None), default=None)

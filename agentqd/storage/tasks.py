@@ -28,6 +28,12 @@ _INSERT: Final = (
 )
 _SPEC: Final = "SELECT spec, prompt FROM tasks WHERE seq = ?"
 _HEAD: Final = f"{_SELECT} WHERE queue = ? AND state = 'queued' ORDER BY priority DESC, seq LIMIT ?"
+_READY_RUNNERS: Final = (
+    "SELECT runner FROM tasks WHERE queue = ? AND state = 'queued' AND runner > ? ORDER BY runner LIMIT 1"
+)
+_HEAD_OF: Final = (
+    f"{_SELECT} WHERE queue = ? AND runner = ? AND state = 'queued' ORDER BY priority DESC, seq LIMIT ?"
+)
 _ACTIVE: Final = f"{_SELECT} WHERE state IN ('running', 'stopping')"
 _ACTIVE_COUNTS: Final = (
     "SELECT queue, count(*) FROM tasks WHERE state IN ('running', 'stopping') GROUP BY queue"
@@ -196,6 +202,19 @@ _BIG: Final = frozenset({"spec", "prompt"})
 def heads(source: Transaction | sqlite3.Connection, queue: str, limit: int) -> list[TaskRow]:
     """The next ready tasks of a queue: highest priority first, then the oldest."""
     return [_row(row) for row in source.execute(_HEAD, (queue, limit))]
+
+
+def heads_of_open(
+    source: Transaction | sqlite3.Connection, queue: str, limit: int, closed: frozenset[str]
+) -> list[TaskRow]:
+    """The same without the tasks of `closed` runners, however many of those stand before: an index seek a runner."""
+    found: list[TaskRow] = []
+    runner = ""
+    while (row := source.execute(_READY_RUNNERS, (queue, runner)).fetchone()) is not None:
+        runner = row[0]
+        if runner not in closed:
+            found += [_row(head) for head in source.execute(_HEAD_OF, (queue, runner, limit))]
+    return sorted(found, key=lambda task: (-task.priority, task.seq))[:limit]
 
 
 def active_counts(source: Transaction | sqlite3.Connection) -> dict[str, int]:

@@ -32,6 +32,15 @@ def test_each_preset_makes_a_runner_that_breaks_no_rule(preset: str) -> None:
     assert effective_runner(settings, "mine") is not None
 
 
+def test_a_runner_may_have_its_own_texts_for_a_usage_limit_or_none() -> None:
+    for own, signs in ((["budget spent"], ("budget spent",)), ([], ()), (None, PRESETS["codex"].limit_signs)):
+        settings = Settings(runners={"r": Runner(preset="codex", usage_limit=own)})
+        assert check_settings(settings) == []
+        spec = effective_runner(settings, "r")
+        assert spec is not None
+        assert spec.limit_signs == signs
+
+
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
@@ -57,6 +66,18 @@ def test_each_preset_makes_a_runner_that_breaks_no_rule(preset: str) -> None:
         (Settings(runners={"r": Runner(preset="cloude")}), ("runners", "r", "preset")),
         (Settings(runners={"r": Runner(command=["x", "{promt}"])}), ("runners", "r", "command")),
         (Settings(runners={"r": Runner(command=["x"], result="xml")}), ("runners", "r", "result")),
+        (
+            Settings(runners={"r": Runner(preset="claude", usage_limit=["ok then", "*"])}),
+            ("runners", "r", "usage_limit", 1),
+        ),
+        (
+            Settings(runners={"r": Runner(preset="claude", usage_limit=["two\nlines"])}),
+            ("runners", "r", "usage_limit", 0),
+        ),
+        (
+            Settings(runners={"r": Runner(preset="claude", usage_limit=["limit"] * 33)}),
+            ("runners", "r", "usage_limit"),
+        ),
         (
             Settings(runners={"r": Runner(command=["x"], inherit_env=["*"])}),
             ("runners", "r", "inherit_env", 0),

@@ -22,6 +22,7 @@ async def test_the_status_of_an_empty_box_has_every_part(daemon: Daemon) -> None
     status = await daemon.get("/v1/status")
     assert set(status) == {
         "box", "daemon", "supervisor", "tasks", "results", "queues", "outbox", "sinks", "alerts", "attention", "running", "intake", "disk",
+        "waiting", "runner_limits",
     }  # fmt: skip
     assert (status["box"], status["daemon"]["version"], status["supervisor"]) == ("testbox", VERSION, None)
     assert set(status["tasks"].values()) == {0}

@@ -13,6 +13,7 @@ from agentqd.core.envelope import data_of
 from agentqd.core.folders import Folders
 from agentqd.core.settings import Settings
 from agentqd.core.task import read_task
+from agentqd.core.usage_limit import Limit
 from agentqd.loops.admission import Accepted, Outcome, admit
 from agentqd.loops.box import Box
 from agentqd.loops.dropfolder import Handed
@@ -102,7 +103,7 @@ class Bench:
     # Out.
 
     async def end(self, task_id: str, exit_code: int | None = 0, *, seen: Seen | None = None, handed: list[Handed] | None = None,
-                  lost: str | None = None, **exited: Any) -> Finished | None:  # fmt: skip
+                  lost: str | None = None, limit: Limit | None = None, **exited: Any) -> Finished | None:  # fmt: skip
         """The newest attempt is over; with something on stdout, if nothing else is said."""
         now = self.clock.now_us()
 
@@ -114,7 +115,7 @@ class Bench:
             how = (
                 None if lost else Exited(task_id, task.attempt, "inst", "boot", exit_code=exit_code, **facts)
             )
-            end = AttemptEnd(task_id, task.attempt, request, how, seen or Seen("", 0, (), [], False, []), handed or [], lost_reason=lost)  # fmt: skip
+            end = AttemptEnd(task_id, task.attempt, request, how, seen or Seen("", 0, (), [], False, []), handed or [], lost_reason=lost, limit=limit)  # fmt: skip
             return finish_attempt(tx, self.box, end)
 
         return await self.journal.commit(unit)

@@ -9,7 +9,7 @@ import click
 from agentqd.cli.outcome import outcome, outcome_style
 from agentqd.cli.output import Cell, Column
 from agentqd.cli.paging import collect
-from agentqd.cli.text import age
+from agentqd.cli.text import age, local_time
 from agentqd.cli.verb import Call, verb
 
 COLUMNS = (
@@ -67,4 +67,5 @@ def waits_for(waiting: Any) -> str:
     """Why a task does not run."""
     if not isinstance(waiting, dict):
         return ""
-    return str(waiting.get("text") or waiting.get("reason") or "")
+    until = f" (until {local_time(waiting['until'])})" if waiting.get("until") else ""
+    return f"{waiting.get('text') or waiting.get('reason') or ''}{until}"
