@@ -196,7 +196,7 @@ async def test_a_damaged_row_is_no_sign_of_life_of_a_dead_receiver(bench: Bench,
         _wait(bench, runner, 61)
         await bench.until(lambda: len(plug.seen) == 6)
         await bench.until(lambda: runner.health()["breaker"] == "open")
-        assert runner._breaker._openings == 2, "the next probe has found it dead, and the rest is longer"
+        assert runner.gate.breaker._openings == 2, "the next probe has found it dead, and the rest is longer"
         await _state(bench, *["retryable"] * 5, "dead")
 
 
