@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    claims,
     delivery,
     intake,
     isolation,
@@ -24,6 +25,7 @@ from benchmarks import (
     status,
     throughput,
     waiting,
+    webhook,
 )
 from benchmarks.measure import Row
 
@@ -63,6 +65,7 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         ),
         "intake": lambda: intake.measure(folder, lines, 1 if quick else intake.ROUNDS),
         "waiting": lambda: waiting.measure(folder, lines, samples),
+        "claims": lambda: claims.measure(_sub(folder, "claims"), 10_000, samples),
         "rest": lambda: rest.measure(folder, 5 if quick else 30),
         "status": lambda: status.measure(folder, samples),
         "delivery": lambda: delivery.measure(
@@ -73,6 +76,9 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
             1 if quick else delivery.ROUNDS,
         ),
         "isolation": lambda: isolation.measure(_sub(folder, "isolation"), min(samples, isolation.SAMPLES)),
+        "webhook": lambda: webhook.measure(
+            folder, 2_000 if quick else 20_000, 1 if quick else webhook.ROUNDS
+        ),
         "remote": lambda: remote.measure(
             folder,
             submits=20 if quick else 50,
@@ -159,10 +165,12 @@ def _parse() -> argparse.Namespace:
             "throughput",
             "intake",
             "waiting",
+            "claims",
             "rest",
             "status",
             "delivery",
             "isolation",
+            "webhook",
             "remote",
             "large",
         ],

@@ -4,6 +4,7 @@ Rules:
 1. A path covers itself and, being a folder or not, everything below it.
 2. A glob (`*`, `?`, `[...]`; `**` for any depth) covers what it can match, and what lies below that.
 3. Where two globs may meet, they do: a false alarm is a wait, a miss is a stomped file.
+4. Two paths overlap only if the `head` of one is the other's, or lies above it or below it: so claims are found by it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,35 @@ def overlap(left: str, right: str) -> bool:
             or right.startswith(left.rstrip("/") + "/")
         )
     return _meet(_parts(left), _parts(right))
+
+
+def head(path: str) -> str:
+    """The part of a resolved path that is no pattern: the folder that holds all it can match, or a plain path itself."""
+    if not has_glob(path):
+        return path
+    return "/" + "/".join(_before_magic(_parts(path)))
+
+
+def at_or_above(path: str) -> list[str]:
+    """A plain path and every folder that it lies in, the nearest first."""
+    found = [path]
+    while path != "/":
+        path = path[: path.rfind("/")] or "/"
+        found.append(path)
+    return found
+
+
+def below(path: str) -> tuple[str, str]:
+    """What lies below a plain path sorts (by bytes) between these two."""
+    stem = path.rstrip("/")
+    return stem + "/", stem + "0"  # "0" follows "/"
+
+
+def _before_magic(parts: tuple[str, ...]) -> tuple[str, ...]:
+    for n, part in enumerate(parts):
+        if has_glob(part):
+            return parts[:n]
+    return parts
 
 
 @lru_cache(maxsize=4096)

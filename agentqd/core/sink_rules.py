@@ -12,17 +12,24 @@ from agentqd.core.config_problem import Problem, at_least_one, nearest
 from agentqd.core.mailaddress import address, named_address, pattern
 from agentqd.core.routing import COMPLETIONS, REJECTED
 from agentqd.core.settings import SINK_TYPES, Sink
+from agentqd.core.weburl import read_url
 
 Key = tuple[str | int, ...]
 _LOOPBACK: Final = re.compile(r"127(?:\.[0-9]{1,3}){3}")
 SMTP_PORTS: Final = {"starttls": 587, "tls": 465, "none": 25}
 _WORD: Final = re.compile(r"[A-Za-z0-9_\[\]:.%@][A-Za-z0-9_\[\]:.%@+-]{0,254}")
+_HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
+_HEADER_VALUE: Final = re.compile(r"[\x20-\x7e]{0,4096}")
+_OUR_HEADERS: Final = frozenset(
+    {"host", "content-type", "content-length", "content-encoding", "transfer-encoding", "connection", "keep-alive", "expect", "te", "trailer", "upgrade"}
+)  # fmt: skip
 READY_SINK_TYPES: Final = (  # those that have a plug
     "file",
     "command",
     "ssh",
     "notify",
     "email",
+    "webhook",
 )
 _COMMON: Final = frozenset(
     {"type", "timeout", "backoff", "backoff_max", "lifetime", "concurrency", "ordered"}
@@ -150,6 +157,29 @@ def _bad(key: Key, check: Callable[[str], object], values: list[str]) -> Iterato
             yield Problem(key, str(error))
 
 
+def _check_webhook(key: Key, sink: Sink) -> Iterator[Problem]:
+    if sink.url is not None:
+        try:
+            read_url(sink.url)
+        except ValueError as problem:
+            yield Problem((*key, "url"), str(problem))
+    files = [sink.secret_file] if isinstance(sink.secret_file, str) else sink.secret_file
+    if files is not None and not files:
+        yield Problem((*key, "secret_file"), "is an empty list; leave it out to send unsigned")
+    for path in files or ():
+        yield from secret_place((*key, "secret_file"), path)
+    for name, value in (sink.headers or {}).items():
+        if not _HEADER_NAME.fullmatch(name):
+            yield Problem((*key, "headers"), f"{name!r} is no name of a header")
+        elif name.lower() in _OUR_HEADERS or name.lower().startswith("webhook-"):
+            yield Problem((*key, "headers"), f"{name} is set by agentqd itself")
+        elif not _HEADER_VALUE.fullmatch(value):
+            yield Problem((*key, "headers"), f"the value of {name} is not plain text on one line")
+    lower = [name.lower() for name in sink.headers or {}]
+    if len(set(lower)) != len(lower):
+        yield Problem((*key, "headers"), "has one name twice")
+
+
 def _given(sink: Sink) -> Iterator[str]:
     for field in msgspec.structs.fields(sink):
         if getattr(sink, field.name) is not None:
@@ -162,4 +192,5 @@ _OF_TYPE: Final[dict[str, Callable[[Key, Sink], Iterator[Problem]]]] = {
     "ssh": _check_ssh,
     "notify": _check_notify,
     "email": _check_email,
+    "webhook": _check_webhook,
 }

@@ -9,9 +9,11 @@ Promises:
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from typing import Final
 
 import msgspec
 
+from agentqd.core.claims import Decision
 from agentqd.core.errors import IdConflict, InvalidTask, WriteConflict
 from agentqd.core.lifecycle import Event, Result, State
 from agentqd.core.limits import TASK_ID_CHARS_MAX
@@ -20,9 +22,10 @@ from agentqd.core.resolve import resolve
 from agentqd.core.task import content_digest, read_task
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
+from agentqd.loops.claiming import WRITE_CONFLICT, Met, leads_back, meet, tell, warn
 from agentqd.loops.finishing import AttemptEnd, add_result, result_data, settle
 from agentqd.loops.preparing import Candidate
-from agentqd.loops.unblocking import DEPENDENCY, WRITE_CONFLICT
+from agentqd.loops.unblocking import DEPENDENCY
 from agentqd.storage import intents
 from agentqd.storage import tasks as store
 from agentqd.storage.tasks import NewTask, TaskRow
@@ -111,68 +114,80 @@ def admit_entangled(tx: Transaction, box: Box, item: Candidate, refused: TaskRow
     """
     request, new = item.request, item.new
     found = store.find_many(tx, request.after_list())
-    missing = [name for name in request.after_list() if name not in found]
+    wrong = _wrong_dependency(tx, request.after_list(), found, refused)
+    if wrong is not None:
+        return wrong
+    after = [row.seq for row in found.values()]
+    met = meet(tx, item.writes, item.on_conflict, after, None if refused is None else refused.seq)
+    if refused is not None and leads_back(tx, {*after, *met.ahead}, refused.seq):
+        return InvalidTask(
+            f"id: a task that {new.id} would wait for waits for {new.id} itself; use another id",
+            code="waits_for_itself",
+            field="id",
+        )
+    if met.strangers:
+        tell(tx, new.id, new.name, met)
+        if met.decision is Decision.REFUSE:
+            return _refuse_conflict(tx, box, item, met, after, refused)
+    waits = bool(found) or met.decision is Decision.WAIT
+    if waits and new.event is not Event.ACCEPTED_BLOCKED:
+        new.event, new.reason = Event.ACCEPTED_BLOCKED, DEPENDENCY if found else WRITE_CONFLICT
+    seq = _put(tx, new, refused, after)
+    intents.claim(tx, seq, item.writes, item.on_conflict)
+    task = store.get(tx, seq)
+    if met.decision is Decision.WARN:
+        warn(tx, box, task, met)
+    if waits and task.reason in {DEPENDENCY, WRITE_CONFLICT}:
+        task = settle(tx, box, task)
+    return Accepted(new.id, seq, task.state)
+
+
+def _wrong_dependency(
+    tx: Transaction, names: list[str], found: dict[str, TaskRow], refused: TaskRow | None
+) -> InvalidTask | None:
+    """What names an unknown task, or would wait for itself. A new task is younger than all that it comes after, so only one
+    that takes over the id (and the row) of a refused task can close a circle."""
+    missing = [name for name in names if name not in found]
     if missing:
         return InvalidTask(
             f"after: there is no task {missing[0]}; it must be submitted before the tasks that come after it",
             code="unknown_dependency",
             field="after",
         )
-    conflicts = intents.conflicts_of(tx, [path for path, _ in item.writes], set(request.after_list()))
-    if conflicts:
-        intents.record_conflicts(tx, new.id, new.name, conflicts, item.on_conflict)
-        tx.event(
-            new.id,
-            "write_conflict",
-            policy=item.on_conflict,
-            others=[each.task_id for each in conflicts][:20],
-        )
-        if item.on_conflict == "refuse":
-            return _refuse_conflict(tx, box, item, conflicts, refused)
-    waits = bool(found) or (bool(conflicts) and item.on_conflict == "queue")
-    if waits and new.event is not Event.ACCEPTED_BLOCKED:
-        new.event, new.reason = Event.ACCEPTED_BLOCKED, DEPENDENCY if found else WRITE_CONFLICT
-    seq = _put(tx, new, refused)
-    tx.executemany(
-        "INSERT OR IGNORE INTO dependencies (task_seq, on_seq) VALUES (?, ?)",
-        [(seq, row.seq) for row in found.values()],
-    )
-    intents.claim(tx, seq, item.writes, item.on_conflict)
-    task = store.get(tx, seq)
-    if conflicts and item.on_conflict == "warn":
-        alert(tx, box, "write_conflict", _conflict_text(new.name, conflicts), task=task, policy="warn",
-              conflicts=[each.as_json() for each in conflicts])  # fmt: skip
-    if waits and task.reason in {DEPENDENCY, WRITE_CONFLICT}:
-        task = settle(tx, box, task)
-    return Accepted(new.id, seq, task.state)
+    if refused is not None:
+        for name, row in found.items():
+            if row.seq == refused.seq or tx.one(_COMES_AFTER, (row.seq, refused.seq)) is not None:
+                return InvalidTask(
+                    f"after: {name} comes after {refused.id} itself: neither could ever run",
+                    code="dependency_cycle",
+                    field="after",
+                )
+    return None
 
 
-def _conflict_text(name: str, conflicts: list[intents.Conflict]) -> str:
-    first = conflicts[0]
-    more = f" (and {len(conflicts) - 1} more)" if len(conflicts) > 1 else ""
-    return (
-        f"{name} wants to write {first.path}, which task {first.task_id} ({first.task}) has claimed as"
-        f" {first.other_path}{more}"
-    )
+_COMES_AFTER: Final = (
+    "WITH RECURSIVE before(seq) AS (SELECT on_seq FROM dependencies WHERE task_seq = ?"
+    " UNION SELECT d.on_seq FROM dependencies d JOIN before b ON d.task_seq = b.seq) SELECT 1 FROM before WHERE seq = ? LIMIT 1"
+)
 
 
 def _refuse_conflict(
     tx: Transaction,
     box: Box,
     item: Candidate,
-    conflicts: list[intents.Conflict],
+    met: Met,
+    after: Sequence[int],
     refused: TaskRow | None,
 ) -> Outcome:
     """By socket: an error and no task. By file: a task that has finished, refused; its result tells of it."""
-    text = _conflict_text(item.new.name, conflicts)
-    told = [each.as_json() for each in conflicts]
+    text, told = met.text(item.new.name), met.told()
     if msgspec.json.decode(item.new.source)["kind"] == "socket":
         return WriteConflict(
             f"write conflict: {text}; try again later, or use on_conflict: queue", conflicts=told
         )
     new = item.new
     new.event, new.reason, new.detail, new.wake_at = Event.REFUSED, WRITE_CONFLICT, text, None
-    seq = _put(tx, new, refused)
+    seq = _put(tx, new, refused, after)
     task = store.get(tx, seq)
     data = result_data(box, task, AttemptEnd(task.id, 0, item.request), None, {}, tx.now_us)
     add_result(tx, box, task, item.request, {**data, "conflicts": told})
@@ -265,11 +280,14 @@ def _dedup_over(tx: Transaction, box: Box, first: TaskRow) -> bool:
     return undelivered is None and unpulled is None
 
 
-def _put(tx: Transaction, new: NewTask, refused: TaskRow | None) -> int:
+def _put(tx: Transaction, new: NewTask, refused: TaskRow | None, after: Sequence[int]) -> int:
     """A row of its own, or the row of the refused task whose id it has; its seq."""
     if refused is not None:
-        return _take_over(tx, new, refused).seq
-    (seq,) = store.insert_tasks(tx, [new])
+        seq = _take_over(tx, new, refused).seq
+    else:
+        (seq,) = store.insert_tasks(tx, [new])
+    sql = "INSERT OR IGNORE INTO dependencies (task_seq, on_seq) VALUES (?, ?)"
+    tx.executemany(sql, [(seq, on_seq) for on_seq in after])
     return seq
 
 

@@ -1,8 +1,8 @@
 """Delivery: works from the outbox alone, no worker and no timeout can kill it. One runner a sink; none delays another.
 
-The parts: `sinkrunner` (one sink's loop), `backlog` (what it sends next), `sending` (one batch, made safe), `marking` (what
-became of it, in the journal), `parking` (many rows at once), `sinkmemory` (what outlives a restart); the decisions are
-core's: `retry`, `breaker`, `pace`.
+The parts: `sinkrunner` (one sink's loop), `backlog` (what it sends next), `sending` (one batch, made safe), `recording` and
+`marking` (what became of it, in the journal), `parking` (many rows at once), `sinkmemory` (what outlives a restart); the
+decisions are core's: `retry`, `breaker`, `pace`.
 """
 
 from __future__ import annotations

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
-from agentqd.core.errors import IllegalTransition, NoSuchTask, WriteConflict
+from agentqd.core.errors import IllegalTransition, NoSuchTask
 from agentqd.core.lifecycle import ACTIVE_STATES, Event, Result, State
 from agentqd.core.outbox import TABLE, RowEvent, RowState
 from agentqd.core.resolve import resolve
 from agentqd.core.verdict import CANCELLED
 from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.box import Box
+from agentqd.loops.claiming import claim_again
 from agentqd.loops.finishing import finish_waiting, settle
 from agentqd.loops.supervision import Supervision
 from agentqd.loops.unblocking import request_of, what_blocks
-from agentqd.storage import intents, outbox
+from agentqd.storage import outbox
 from agentqd.storage import tasks as store
 from agentqd.storage.paths import resolve_intents
 from agentqd.storage.tasks import TaskRow
@@ -67,7 +68,8 @@ def release(tx: Transaction, box: Box, task_id: str) -> TaskRow:
 def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
     """A new run of a finished task: its attempts start anew, its result gets a new id, delivered keys are not sent again.
 
-    Raises NoSuchTask, IllegalTransition (not finished), WriteConflict (its places are claimed by another task now).
+    Of the tasks that it comes after those that have ended have no say any more (a person's word); those that have not, have.
+    It claims its places anew, under the policy of today. Raises NoSuchTask, IllegalTransition (not finished), WriteConflict.
     """
     task = must_find(tx, task_id)
     request = request_of(tx, task)
@@ -86,18 +88,19 @@ def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
         detail=None,
         wake_at=next_wake_us([(at, what) for at, what in times if what != "expires"], tx.now_us),
     )
-    if not request.writes_to:
-        return moved
-    paths = resolve_intents(request.writes_to, resolved.workdir)
-    conflicts = intents.conflicts_of(tx, [path for path, _ in paths], set(request.after_list()))
-    if conflicts and resolved.on_conflict != "warn":
-        first = conflicts[0]
-        raise WriteConflict(
-            f"task {first.task_id} ({first.task}) has claimed {first.other_path} meanwhile; nothing was changed",
-            conflicts=[each.as_json() for each in conflicts],
-        )
-    intents.claim(tx, task.seq, paths, resolved.on_conflict)
+    tx.execute(_FORGET_ENDED, (task.seq,))
+    writes = resolve_intents(request.writes_to or [], resolved.workdir)
+    claim_again(tx, box, moved, writes, resolved.on_conflict)
+    reason, detail = what_blocks(tx, moved, request)
+    if reason is not None:
+        return store.move_task(tx, moved, Event.BLOCKED, reason=reason, detail=detail)
     return moved
+
+
+_FORGET_ENDED: Final = (
+    "DELETE FROM dependencies WHERE task_seq = ?1 AND on_seq IN (SELECT t.seq FROM dependencies d"
+    " JOIN tasks t ON t.seq = d.on_seq WHERE d.task_seq = ?1 AND t.state = 'finished')"
+)
 
 
 def change_rows(

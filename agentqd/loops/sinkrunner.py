@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from agentqd.core.breaker import Breaker, BreakerState
-from agentqd.core.errors import JournalError
 from agentqd.core.limits import CONTACT_EVERY_S, ROWS_A_COMMIT
 from agentqd.core.outbox import RowEvent
 from agentqd.core.pace import Pace
@@ -27,10 +26,11 @@ from agentqd.loops import parking, sinkmemory
 from agentqd.loops.alerts import alert
 from agentqd.loops.backlog import Backlog, OrderedBacklog
 from agentqd.loops.box import Box, Signal
-from agentqd.loops.marking import mark_for, mark_found, record
+from agentqd.loops.marking import mark_for, mark_found
+from agentqd.loops.recording import Answered, Recorder
 from agentqd.loops.sending import Unfit, send
 from agentqd.loops.sinkmemory import SinkMemory
-from agentqd.sinks.base import Context, Deferred, Disabled, Exec, Outcome, Sink
+from agentqd.sinks.base import Context, Deferred, Delivered, Disabled, Exec, Outcome, Sink
 from agentqd.sinks.registry import make_sink, schedule_for
 from agentqd.storage import outbox
 from agentqd.storage.outbox import DueRow, Mark
@@ -75,6 +75,7 @@ class SinkRunner:
         self._kept = SinkMemory()  # as the journal has it
         self._under_way = 0
         self._waits_for_send = False  # the end of a send may let another begin
+        self._recorder = Recorder(box, name, self._keep, self._marked)
         self._chores: dict[
             str, Callable[[Transaction], int]
         ] = {}  # moves of many rows, some hundred a commit
@@ -96,10 +97,11 @@ class SinkRunner:
                             continue
                         self._under_way += 1
                         self.in_flight.update([row.entry_seq for row in batch])
-                        sends.create_task(self._send(batch))
+                        sends.create_task(self._send_on(batch))
                         continue
                     await self.kick.wait(self._idle_s())
         finally:
+            self._recorder.flush()
             await self._sink.close()
 
     # From outside.
@@ -158,13 +160,16 @@ class SinkRunner:
     # What may be sent, and when to look again.
 
     def _may_send(self) -> bool:
-        may = (
+        may = self._has_room()
+        self._waits_for_send = not may
+        return may
+
+    def _has_room(self) -> bool:
+        return (
             self.disabled is None
             and self._under_way < self._pace.limit
             and self._breaker.allows(self.box.clock.monotonic_s(), self._under_way)
         )
-        self._waits_for_send = not may
-        return may
 
     async def _next_batch(self) -> list[DueRow]:
         await self.backlog.refill()
@@ -245,14 +250,27 @@ class SinkRunner:
 
     # Send and record.
 
+    async def _send_on(self, batch: list[DueRow]) -> None:
+        """One batch, and then what is in memory and may be sent in its place: the loop need not turn for each."""
+        while batch:
+            await self._send(batch)
+            batch = []
+            if self._sink.batch_max == 1 and not self._chores and self._has_room():
+                batch = self.backlog.take()
+                self._under_way += len(batch)
+                self.in_flight.update([row.entry_seq for row in batch])
+            if self._waits_for_send and (not batch or self._under_way < self._pace.limit):
+                self.kick.set()
+
     async def _send(self, batch: list[DueRow]) -> None:
         failpoint("send_begun")
         try:
             outcomes = await send(self._sink, self.name, batch, self.box.log)
+        except BaseException:
+            self.kick.set()
+            raise
         finally:
             self._under_way -= 1
-            if self._waits_for_send:
-                self.kick.set()
         self._tell_notices()
         now = self.box.clock.now_us()
         marks = [
@@ -262,29 +280,26 @@ class SinkRunner:
         self.backlog.answered(marks)
         changed = self._learn(outcomes, marks)
         failpoint("receiver_answered")
-
-        def unit(tx: Transaction) -> None:
-            record(tx, self.box, batch, outcomes, marks)
-            if changed is not None:
-                self._keep(tx, changed)
-
-        future = self.box.journal.submit_lazily(unit)
-        future.add_done_callback(lambda done: self._marked(done, batch, marks))
+        self._recorder.take(Answered(batch, outcomes, marks, changed))
 
     def _learn(self, outcomes: Sequence[Outcome], marks: Sequence[Mark]) -> SinkMemory | None:
         """What the outcomes say about the receiver; what is to be kept of it, if that has changed."""
         now = self.box.clock.monotonic_s()
         was = self._breaker.state
-        if any(isinstance(each, Deferred) and each.connection for each in outcomes):
+        troubles = [each for each in outcomes if type(each) is not Delivered]
+        deferred = [each for each in troubles if isinstance(each, Deferred)]
+        if any(each.connection for each in deferred):
             self._breaker.failed(now, self._draw())
         elif not all(isinstance(each, Unfit) for each in outcomes):
             self._breaker.reached(now)
-        if any(isinstance(each, Deferred) for each in outcomes):
+        if deferred:
             self._pace.failed()
         else:
             self._pace.succeeded()
-        self.last_error = next((mark.error for mark in reversed(marks) if mark.error is not None), None)
-        disabled = next((each.reason for each in outcomes if isinstance(each, Disabled)), None)
+        self.last_error = (
+            next((m.error for m in reversed(marks) if m.error is not None), None) if troubles else None
+        )
+        disabled = next((each.reason for each in troubles if isinstance(each, Disabled)), None)
         if disabled is None and self._breaker.state is was:
             return None
         if disabled is not None:
@@ -318,17 +333,15 @@ class SinkRunner:
             )
             alert(tx, self.box, "sink_disabled", message, key=f"{self.name}:{memory.at_us}", not_to=self.name, sink=self.name)  # fmt: skip
 
-    def _marked(self, done: asyncio.Future[None], batch: list[DueRow], marks: list[Mark]) -> None:
-        self.in_flight.difference_update([row.entry_seq for row in batch])
-        self.backlog.marked(marks)
-        error = None if done.cancelled() else done.exception()
-        if error is not None and not isinstance(error, JournalError):
-            self.box.log.error("unit_failed", sink=self.name, error=repr(error))
+    def _marked(self, answered: Answered, *, failed: bool) -> None:
+        self.in_flight.difference_update([row.entry_seq for row in answered.batch])
+        self.backlog.marked(answered.marks)
+        if failed:
             self.backlog.look()
         if self.disabled is not None:  # it was under way when the sink was disabled
             self._hold_all()
             self.kick.set()
-        elif self._ordered or error is not None or any(m.event is RowEvent.DEFERRED for m in marks):
+        elif self._ordered or failed or any(m.event is RowEvent.DEFERRED for m in answered.marks):
             self.kick.set()
 
     def _tell_notices(self) -> None:

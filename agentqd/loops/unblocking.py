@@ -1,7 +1,8 @@
 """What blocks a task besides time: tasks it comes after, and places that others have claimed to write.
 
 Both are settled in the transaction in which a task ends. A dependency must exist when the task that names it is accepted,
-and a claim yields only to older ones: neither can go round in a circle, so nothing here can deadlock.
+and a claim waits only for those before it in the line; the few that could close a circle (an ended task that is run again)
+are looked at when they come: nothing here can deadlock (docs/intents.md).
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from agentqd.core.resolve import resolve
 from agentqd.core.task import TaskRequest, read_task
 from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.box import Box
+from agentqd.loops.claiming import WRITE_CONFLICT, in_line, waits_text
 from agentqd.storage import intents
 from agentqd.storage import tasks as store
 from agentqd.storage.tasks import TaskRow
 from agentqd.storage.transaction import Transaction
 
 DEPENDENCY = "dependency"
-WRITE_CONFLICT = "write_conflict"
 
 
 def unblock(
@@ -31,7 +32,10 @@ def unblock(
 
 
 def what_blocks(tx: Transaction, task: TaskRow, request: TaskRequest) -> tuple[str | None, str | None]:
-    """(reason, detail) that a task is to be blocked for, (`dependency_failed`, ...) if it can never run, or (None, None)."""
+    """(reason, detail) that a task is to be blocked for, (`dependency_failed`, ...) if it can never run, or (None, None).
+
+    What waits for a place is noted with the claim before it, so that its end finds it (`candidates_after`).
+    """
     rows = tx.execute(
         "SELECT t.id, t.state, t.result FROM dependencies d JOIN tasks t ON t.seq = d.on_seq WHERE d.task_seq = ?",
         (task.seq,),
@@ -45,34 +49,18 @@ def what_blocks(tx: Transaction, task: TaskRow, request: TaskRequest) -> tuple[s
         return DEPENDENCY, f"waits for {', '.join(open_[:5])}"
     if policy == "failure" and rows and not failed:
         return "dependency_failed", "every task that it comes after ended with success"
-    paths = intents.paths_of(tx, task.seq)
-    if paths and _queues(tx, task):
-        older = intents.conflicts_of(tx, paths, set(request.after_list()), before_seq=task.seq)
-        if older:
-            return (
-                WRITE_CONFLICT,
-                f"waits for {older[0].task_id} ({older[0].task}), which writes {older[0].other_path}",
-            )
+    before = in_line(tx, task)
+    if before is not None:
+        intents.wait_for(tx, task.seq, before.task_seq)
+        return WRITE_CONFLICT, waits_text(before)
     return None, None
-
-
-def _queues(tx: Transaction, task: TaskRow) -> bool:
-    row = tx.one("SELECT 1 FROM intents WHERE task_seq = ? AND policy = 'queue' LIMIT 1", (task.seq,))
-    return row is not None
 
 
 def candidates_after(tx: Transaction, ended: TaskRow) -> list[TaskRow]:
     """Blocked tasks that the end of `ended` may free: those that come after it, and those that wait for a place to write."""
-    released = intents.release(tx, ended.seq)
+    intents.release(tx, ended.seq)
     seqs = {row[0] for row in tx.execute("SELECT task_seq FROM dependencies WHERE on_seq = ?", (ended.seq,))}
-    if released:
-        seqs |= {
-            row[0]
-            for row in tx.execute(
-                "SELECT DISTINCT i.task_seq FROM intents i JOIN tasks t ON t.seq = i.task_seq"
-                " WHERE t.state = 'blocked' AND t.reason = 'write_conflict'"
-            )
-        }
+    seqs |= set(intents.take_waiters(tx, ended.seq))
     rows = [store.get(tx, seq) for seq in sorted(seqs)]
     return [row for row in rows if row.state is State.BLOCKED and row.reason in {DEPENDENCY, WRITE_CONFLICT}]
 

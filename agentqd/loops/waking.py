@@ -16,6 +16,7 @@ from agentqd.core.units import format_duration
 from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box, Signal
+from agentqd.loops.claiming import WRITE_CONFLICT
 from agentqd.loops.finishing import finish_waiting, settle
 from agentqd.loops.preparing import PROMPT_LOOK_AGAIN_US, prompt_roots
 from agentqd.storage import tasks as store
@@ -114,6 +115,10 @@ class Waker:
             store.move_task(tx, task, event, reason=None, wake_at=after)
         else:
             store.set_wake(tx, task.seq, after)
+            if task.state is State.BLOCKED and task.reason == WRITE_CONFLICT:
+                settle(
+                    tx, self.box, store.get(tx, task.seq)
+                )  # a journal of an older version: noted anew whom it waits for
 
     def _start_reached(self, tx: Transaction, task: TaskRow) -> bool:
         request = read_task(store.spec_of(tx, task.seq)[0])

@@ -82,6 +82,12 @@ def _email(context: Context, _: int) -> Sink:
     return EmailSink(context)
 
 
+def _webhook(context: Context, _: int) -> Sink:
+    from agentqd.sinks.webhook import WebhookSink
+
+    return WebhookSink(context)
+
+
 _PLUGS: Final[dict[str, Callable[[Context, int], Sink]]] = {
     "completions": _completions,
     "rejected": _rejected,
@@ -90,6 +96,7 @@ _PLUGS: Final[dict[str, Callable[[Context, int], Sink]]] = {
     "ssh": _ssh,
     "notify": _notify,
     "email": _email,
+    "webhook": _webhook,
 }
 
 

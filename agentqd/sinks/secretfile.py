@@ -18,7 +18,7 @@ def secret_lines(path: str) -> list[str]:
     lines = [line.strip() for line in _read(path).splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
-        raise ConfigError(f"the secret file {_place(path)} is empty")
+        raise ConfigError(f"the secret file {place(path)} is empty")
     return lines
 
 
@@ -30,40 +30,41 @@ def secret(path: str) -> str:
     """
     line = _read(path).split("\n", maxsplit=1)[0].removesuffix("\r")
     if not line:
-        raise ConfigError(f"the secret file {_place(path)} is empty")
+        raise ConfigError(f"the secret file {place(path)} is empty")
     return line
 
 
 def _read(path: str) -> str:
-    place = _place(path)
+    found = place(path)
     try:
-        descriptor = os.open(place, _OPEN)
+        descriptor = os.open(found, _OPEN)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"the secret file {place} cannot be read: {_why(error)}") from error
+        raise ConfigError(f"the secret file {found} cannot be read: {_why(error)}") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"the secret file {place} is no regular file")
+            raise ConfigError(f"the secret file {found} is no regular file")
         if status.st_mode & 0o007:
-            raise ConfigError(f"the secret file {place} is open to every user of this machine; chmod 600 it")
+            raise ConfigError(f"the secret file {found} is open to every user of this machine; chmod 600 it")
         content = os.read(descriptor, BYTES_MAX + 1)
     except OSError as error:
-        raise ConfigError(f"the secret file {place} cannot be read: {_why(error)}") from error
+        raise ConfigError(f"the secret file {found} cannot be read: {_why(error)}") from error
     finally:
         os.close(descriptor)
     if len(content) > BYTES_MAX:
-        raise ConfigError(f"the secret file {place} is longer than {BYTES_MAX} bytes")
+        raise ConfigError(f"the secret file {found} is longer than {BYTES_MAX} bytes")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:
-        raise ConfigError(f"the secret file {place} is not UTF-8") from None  # the cause would show the bytes
+        raise ConfigError(f"the secret file {found} is not UTF-8") from None  # the cause would show the bytes
 
 
 def _why(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
-def _place(path: str) -> str:
+def place(path: str) -> str:
+    """The path itself. Raises ConfigError for a credential of a daemon that has none."""
     if not path.startswith(CREDENTIALS):
         return path
     folder = os.environ.get("CREDENTIALS_DIRECTORY")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from typing import Any, Final
@@ -46,17 +45,18 @@ _FIRST_OPEN: Final = (
 )
 _NEXT_DUE: Final = "SELECT min(due_at) FROM outbox WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at > ?"
 _OPEN_SINKS: Final = "SELECT DISTINCT sink FROM outbox WHERE state IN ('pending','delivering','retryable')"
+# All marks of a commit in one statement: a statement for each would hand the interpreter's lock to and fro for each.
+_MARK_COLUMNS: Final = ("seq", "sink", "was", "state", "attempts", "due", "delivered", "position", "error")
 _MARK: Final = (
-    "UPDATE outbox SET state = ?, attempts = ?, due_at = ?, delivered_at = NULL, position = ?, last_error = ?, progress = coalesce(?, progress)"
-    " WHERE entry_seq = ? AND sink = ? AND state = ?"
+    "WITH marks AS MATERIALIZED (SELECT "  # noqa: S608 - fixed names
+    + ", ".join(f"json_extract(value, '$[{n}]') AS {name}" for n, name in enumerate(_MARK_COLUMNS))
+    + " FROM json_each(?))"
+    " UPDATE outbox SET state = m.state, attempts = m.attempts, due_at = m.due, delivered_at = m.delivered,"
+    " position = m.position, last_error = m.error,"
+    " progress = CASE WHEN m.state = 'delivered' THEN NULL ELSE progress END FROM marks m"
+    " WHERE outbox.entry_seq = m.seq AND outbox.sink = m.sink AND outbox.state = m.was RETURNING entry_seq, sink"
 )
-# One statement, and so one turn of the interpreter's lock, for a whole batch; [[entry_seq, was, attempts, position], ...].
-_MARK_DELIVERED: Final = (
-    "UPDATE outbox SET state = 'delivered', attempts = j.attempts, due_at = NULL, delivered_at = ?, position = j.position, last_error = NULL, progress = NULL"
-    " FROM (SELECT json_extract(value, '$[0]') AS seq, json_extract(value, '$[1]') AS was, json_extract(value, '$[2]') AS attempts,"
-    " json_extract(value, '$[3]') AS position FROM json_each(?)) j"
-    " WHERE outbox.entry_seq = j.seq AND outbox.sink = ? AND outbox.state = j.was RETURNING entry_seq"
-)
+_KEEP_PROGRESS: Final = "UPDATE outbox SET progress = ? WHERE entry_seq = ? AND sink = ?"
 _INSERT_TRY: Final = (
     "INSERT OR REPLACE INTO tries (entry_seq, sink, n, at, outcome, reason) VALUES (?,?,?,?,?,?)"
 )
@@ -228,40 +228,22 @@ def open_sinks(source: sqlite3.Connection | Transaction) -> set[str]:
 
 def mark(tx: Transaction, marks: Iterable[Mark]) -> list[Mark]:
     """Record outcomes. A row that has moved meanwhile (a person dropped it) is left as it is and not returned."""
-    delivered: dict[str, list[Mark]] = {}
+    items = list(marks)
+    rows = []
+    for item in items:
+        state = next_row_state(RowState.DELIVERING, item.event)
+        delivered_at = tx.now_us if state is RowState.DELIVERED else None
+        rows.append((item.entry_seq, item.sink, item.was.value, state.value, item.attempts, item.due_at, delivered_at,
+                     item.position, item.error))  # fmt: skip
+    moved = {(seq, sink) for seq, sink in tx.execute(_MARK, (msgspec.json.encode(rows).decode(),))}
     done = []
-    for item in marks:
-        if item.event is RowEvent.ACKNOWLEDGED:
-            delivered.setdefault(item.sink, []).append(item)
-        elif _mark_one(tx, item):
+    for item, row in zip(items, rows, strict=True):
+        if (item.entry_seq, item.sink) in moved:
+            tx.count_outbox(item.sink, row[2], -1)
+            tx.count_outbox(item.sink, row[3], 1)
             done.append(item)
-    for sink, items in delivered.items():
-        done += _mark_delivered(tx, sink, items)
-    return done
-
-
-def _mark_one(tx: Transaction, item: Mark) -> bool:
-    state = next_row_state(RowState.DELIVERING, item.event)
-    cursor = tx.execute(
-        _MARK,
-        (state.value, item.attempts, item.due_at, item.position, item.error, item.progress, item.entry_seq, item.sink, item.was.value),
-    )  # fmt: skip
-    if cursor.rowcount != 1:
-        return False
-    tx.count_outbox(item.sink, item.was.value, -1)
-    tx.count_outbox(item.sink, state.value, 1)
-    return True
-
-
-def _mark_delivered(tx: Transaction, sink: str, marks: list[Mark]) -> list[Mark]:
-    assert next_row_state(RowState.DELIVERING, RowEvent.ACKNOWLEDGED) is RowState.DELIVERED
-    told = msgspec.json.encode([(m.entry_seq, m.was.value, m.attempts, m.position) for m in marks]).decode()
-    moved = {seq for (seq,) in tx.execute(_MARK_DELIVERED, (tx.now_us, told, sink)).fetchall()}
-    done = [mark for mark in marks if mark.entry_seq in moved]
-    for was, count in Counter(mark.was.value for mark in done).items():
-        tx.count_outbox(sink, was, -count)
-    if done:
-        tx.count_outbox(sink, RowState.DELIVERED.value, len(done))
+            if item.progress is not None and row[3] != RowState.DELIVERED.value:
+                tx.execute(_KEEP_PROGRESS, (item.progress, item.entry_seq, item.sink))
     return done
 
 

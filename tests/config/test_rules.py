@@ -63,10 +63,42 @@ def test_each_preset_makes_a_runner_that_breaks_no_rule(preset: str) -> None:
         (Settings(sinks={"s": Sink(type="file")}), ("sinks", "s")),
         (Settings(sinks={"s": Sink(type="file", path="/x", url="http://x")}), ("sinks", "s", "url")),
         (Settings(sinks={"s": Sink(type="fiel", path="/x")}), ("sinks", "s", "type")),
+        (Settings(sinks={"s": Sink(type="webhook")}), ("sinks", "s")),
+        (Settings(sinks={"s": Sink(type="webhook", url="ftp://x")}), ("sinks", "s", "url")),
+        (Settings(sinks={"s": Sink(type="webhook", url="http://u:p@x/")}), ("sinks", "s", "url")),
+        (
+            Settings(sinks={"s": Sink(type="webhook", url="http://x", secret_file="rel")}),
+            ("sinks", "s", "secret_file"),
+        ),
+        (
+            Settings(sinks={"s": Sink(type="webhook", url="http://x", secret_file=["/a", "b"])}),
+            ("sinks", "s", "secret_file"),
+        ),
+        (
+            Settings(sinks={"s": Sink(type="webhook", url="http://x", secret_file=[])}),
+            ("sinks", "s", "secret_file"),
+        ),
     ],
 )
 def test_a_broken_rule_names_its_option(settings: Settings, key: tuple[str | int, ...]) -> None:
     assert [problem.key for problem in check_settings(settings)] == [key]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Webhook-Id": "x"}, {"webhook-anything": "x"}, {"HOST": "x"}, {"content-type": "x"}, {"Content-Length": "1"}, {"Connection": "x"}, {"Expect": "x"}, {"a b": "x"}, {"": "x"},
+     {"A:": "x"}, {"A": "x\r\nB: y"}, {"A": "\u00e9"}, {"A": "x\x00"}, {"A": "x" * 5000}, {"A": "1", "a": "2"}],
+)  # fmt: skip
+def test_a_webhooks_headers_override_none_of_ours_and_are_one_line_each(headers: dict[str, str]) -> None:
+    sink = Sink(type="webhook", url="http://x", headers=headers)
+    assert [problem.key for problem in check_settings(Settings(sinks={"s": sink}))] == [
+        ("sinks", "s", "headers")
+    ]
+
+
+def test_a_webhook_as_the_page_shows_it_breaks_no_rule() -> None:
+    sink = Sink(type="webhook", url="https://hooks.example/a?b=c", secret_file=["/new", "$CREDENTIALS_DIRECTORY/old"], headers={"Authorization": "x", "X-A": "$B ${C}"})  # fmt: skip
+    assert list(check_settings(Settings(sinks={"s": sink}))) == []
 
 
 def test_completions_is_a_sink_that_everybody_knows() -> None:

@@ -47,7 +47,7 @@ def test_uncommenting_every_example_loads(tmp_path: Path) -> None:
     settings = _load(tmp_path / "all.yaml", text)
     assert set(settings.queues) == {"agents"}
     assert {"claude", "codex", "gemini", "opencode", "aider", "careful-claude"} == set(settings.runners)
-    assert set(settings.sinks) == {"archive", "tell-me", "laptop", "mail", "people"}
+    assert set(settings.sinks) == {"archive", "tell-me", "laptop", "mail", "hook", "people"}
     assert settings.routes[0].deliver_to == ["tell-me"]
     assert settings.max_workers == 8
     assert settings.defaults.silence_timeout == 900

@@ -13,6 +13,7 @@ from agentqd.core.errors import ConfigError
 from agentqd.core.outbox import RowEvent
 from agentqd.core.settings import Queue, Settings, Sink
 from agentqd.loops.alerts import alert
+from agentqd.storage import intents
 
 from .harness import VERSION, Daemon, fake_runner
 
@@ -157,7 +158,7 @@ async def test_writes_shows_claims_and_conflicts_by_pair(daemon: Daemon) -> None
     await daemon.submit(id="one")
 
     def unit(tx: Any) -> None:
-        tx.execute("INSERT INTO intents VALUES (1, '/srv/repo', 'repo', 'refuse', 1, NULL)")
+        intents.claim(tx, 1, [("/srv/repo", "repo")], "refuse")
         for seq in (1, 2):
             tx.execute(
                 "INSERT INTO conflicts VALUES (?, ?, NULL, 'two', '/srv/repo', 'one', '/srv/repo', 'refuse')",

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentqd.core.intents import has_glob, overlap
+from agentqd.core.intents import at_or_above, below, has_glob, head, overlap
 
 ALPHABET = "ab"
 NAMES = [*ALPHABET, *("".join(pair) for pair in product(ALPHABET, repeat=2))]
@@ -110,3 +110,58 @@ def test_many_stars_take_no_exponential_time() -> None:
 
 def test_what_a_glob_is() -> None:
     assert [has_glob(text) for text in ("a", "a*", "?", "[a]", "{a}", "")] == [False, True, True, True, False, False]  # fmt: skip
+
+
+# With sets and hidden names, and through the index: every pair that overlaps is found by its heads.
+
+SETS = {"[ab]": "ab", "[!a]": "b.", "[.a]": ".a", "[a-b]": "ab"}
+PIECE = st.sampled_from([*ALPHABET, ".", "*", "?", *SETS])
+NAME_GLOB = st.lists(PIECE, min_size=1, max_size=3)
+
+
+def _piece_matches(name: str, pieces: list[str]) -> bool:
+    """A pattern given in pieces, spelt out."""
+    if not pieces:
+        return not name
+    first, rest = pieces[0], pieces[1:]
+    if first == "*":
+        return any(_piece_matches(name[n:], rest) for n in range(len(name) + 1))
+    letters = SETS.get(first, "ab." if first == "?" else first)
+    return bool(name) and name[0] in letters and _piece_matches(name[1:], rest)
+
+
+def _spelt(pattern: list[list[str]]) -> list[tuple[str, ...]]:
+    """Every path of at most two names that it covers."""
+    names = [*NAMES, ".a", "a.", ".b", "b.", "."]
+    world = [(), *((name,) for name in names), *product(names, repeat=2)]
+    return [
+        path
+        for path in world
+        if len(path) >= len(pattern) and all(_piece_matches(name, each) for name, each in zip(path, pattern, strict=False))
+    ]  # fmt: skip
+
+
+@settings(max_examples=300)
+@given(st.lists(NAME_GLOB, max_size=2), st.lists(NAME_GLOB, max_size=2))
+def test_patterns_with_sets_and_hidden_names_are_never_missed(
+    left: list[list[str]], right: list[list[str]]
+) -> None:
+    one, other = (_path(tuple("".join(each) for each in pattern)) for pattern in (left, right))
+    if set(_spelt(left)) & set(_spelt(right)):
+        assert overlap(one, other)
+
+
+@settings(max_examples=500)
+@given(PLAIN | GLOB | TEXT.map(lambda text: tuple(text.split("/"))), PLAIN | GLOB)
+def test_whatever_overlaps_is_found_by_the_heads(left: tuple[str, ...], right: tuple[str, ...]) -> None:
+    one, other = (_path(tuple(part for part in parts if part)) for parts in (left, right))
+    if overlap(one, other):
+        low, high = (each.encode() for each in below(head(one)))
+        assert head(other) in at_or_above(head(one)) or low < head(other).encode() < high
+
+
+def test_heads_by_hand() -> None:
+    assert [head(path) for path in ("/", "/a/b", "/a/*", "/*", "/a/b[x]/c", "/a/**")] == ["/", "/a/b", "/a", "/", "/a", "/a"]  # fmt: skip
+    assert at_or_above("/a/b") == ["/a/b", "/a", "/"]
+    assert at_or_above("/") == ["/"]
+    assert [below("/"), below("/a")] == [("/", "0"), ("/a/", "/a0")]

@@ -60,9 +60,9 @@ HALF_LINES = (
     "core/lines.py", 'end = buffer.rfind(b"\\n", start) + 1', "end = len(buffer)",
     "core/lines.py", "left_over = len(parts.pop())", "left_over = 0",
 )  # fmt: skip
-NO_REFUSAL = ("loops/admission.py", 'if item.on_conflict == "refuse":', "if False:")
-NO_RELEASE = ("loops/unblocking.py", "released = intents.release(tx, ended.seq)", "released = 0")
-NO_ORDER = ("loops/unblocking.py", "        if older:\n", "        if False:\n")
+NO_REFUSAL = ("loops/admission.py", "if met.decision is Decision.REFUSE:", "if False:")
+NO_RELEASE = ("loops/unblocking.py", "    intents.release(tx, ended.seq)\n", "")
+NO_ORDER = ("loops/unblocking.py", "    if before is not None:\n", "    if False:\n")
 
 SWITCHES: tuple[Switch, ...] = (
     _switch(1, "verdicts::a_completion_line_says_everything_that_a_reader_needs", "loops/finishing.py", '"output_dir": box.folders', '"folder": box.folders'),
@@ -136,18 +136,22 @@ SWITCHES: tuple[Switch, ...] = (
     _switch(63, "intents::a_conflict_by_file_is_a_finished_task_that_was_refused_and_its_id_is_free_again", *NO_REFUSAL),
     _switch(64, "intents::a_conflict_is_refused_before_a_spawn_and_names_task_and_path", "storage/intents.py", '"task": self.task, "path": self.other_path}', '"task": self.task}'),
     _switch(65, "intents::the_queue_policy_runs_them_one_by_one_in_order", *NO_ORDER),
-    _switch(66, "intents::the_warn_policy_admits_both_and_alerts_once", "loops/admission.py", 'if conflicts and item.on_conflict == "warn":', "if False:"),
+    _switch(65, "intents::a_wide_claim_is_not_overtaken_by_narrow_ones_that_come_later", "storage/intents.py", "(*below(start), of.place)", "(*below(start), 0)", "storage/intents.py", "(folder, of.place)) for folder in at_or_above(start)", "(folder, of.place)) for folder in at_or_above(start)[:1]"),
+    _switch(65, "intents::a_retry_claims_anew_and_meets_its_policy", "loops/operations.py", "    if reason is not None:\n", "    if False:\n"),
+    _switch(65, "intents_real::no_two_workers_ever_held_one_file_unasked_whatever_was_killed", *NO_ORDER),
+    _switch(66, "intents::the_warn_policy_admits_both_and_alerts_once", "loops/admission.py", "if met.decision is Decision.WARN:", "if False:"),
     _switch(67, "intents::the_policy_is_the_deployments_and_refuse_without_one", "core/settings.py", 'on_conflict: Conflict = "refuse"', 'on_conflict: Conflict = "warn"'),
     _switch(68, "intents::claims_and_conflicts_can_be_looked_at", "loops/admission.py", "    intents.claim(tx, seq, item.writes, item.on_conflict)\n", ""),
     _switch(69, "intents::every_kind_of_end_releases_its_claim", *NO_RELEASE),
     _switch(71, "intents::a_claim_of_a_worker_that_dies_with_its_supervisor_comes_free", *NO_RELEASE),
-    _switch(72, "intents::claims_survive_kills_of_the_daemon_while_they_are_made", "storage/intents.py", "    tx.executemany(_INSERT, [", '    tx.execute("CREATE TEMP TABLE IF NOT EXISTS intents AS SELECT * FROM main.intents WHERE 0")\n    tx.executemany(_INSERT, ['),
-    _switch(73, "intents::claims_and_conflicts_can_be_looked_at", "loops/admission.py", "        intents.record_conflicts(tx, new.id, new.name, conflicts, item.on_conflict)\n", ""),
+    _switch(72, "intents::claims_survive_kills_of_the_daemon_while_they_are_made", "storage/intents.py", "    if paths:\n        place =", '    tx.execute("CREATE TEMP TABLE IF NOT EXISTS intents AS SELECT * FROM main.intents WHERE 0")\n    if paths:\n        place ='),
+    _switch(73, "intents::claims_and_conflicts_can_be_looked_at", "loops/claiming.py", "    intents.record_conflicts(tx, task_id, name, met.strangers, met.policy)\n", ""),
     _switch(74, "intents::the_queue_policy_runs_them_one_by_one_in_order", *NO_ORDER),
-    _switch(76, "intents::of_fifty_claims_at_once_one_wins", "storage/intents.py", "if (before_seq is not None and seq >= before_seq) or task_id in related:", "if True:"),
-    _switch(77, "intents::file_locks_are_neither_taken_nor_broken", "storage/intents.py", '    """All of a task\'s paths at once. `paths`: (resolved, as given)."""\n', "    import os\n    for path, _ in paths:\n        os.rename(path, path + '~'); open(path, 'w').close()\n"),
+    _switch(76, "intents::of_fifty_claims_at_once_one_wins", "storage/intents.py", "            if seq in related:\n", "            if True:\n"),
+    _switch(77, "intents::file_locks_are_neither_taken_nor_broken", "storage/intents.py", '    """All of a task\'s paths at once, at the end of the line. `paths`: (resolved, as given)."""\n', "    import os\n    for path, _ in paths:\n        os.rename(path, path + '~'); open(path, 'w').close()\n"),
     _switch(78, "intents::an_undeclared_write_is_not_stopped", "loops/admission.py", "if item.request.after is not None or item.writes or", "if not item.writes and tx.one('SELECT 1 FROM intents'):\n            return InvalidTask('declare what you write')\n        if item.request.after is not None or item.writes or"),
     _switch(79, "intents::aliases_of_a_path_conflict", "core/intents.py", 'or left.startswith(right.rstrip("/") + "/")', ""),
+    _switch(79, "intents::aliases_of_a_path_conflict", "storage/paths.py", "os.path.realpath(plain)", "os.path.normpath(plain)"),
     _switch(80, "intents::a_conflict_is_refused_before_a_spawn_and_names_task_and_path", "loops/admission.py", '["kind"] == "socket"', '["kind"] == "nobody"'),
 )  # fmt: skip
 

@@ -3,6 +3,8 @@
 import fcntl
 import json
 import threading
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,11 @@ def holder(box: RealBox, path: Path | str, gate: Path, **more: Any) -> None:
     prompt = f"while ! [ -e {gate} ]; do sleep 0.02; done; echo x"
     box.submit(task="holder", id="holder", prompt=prompt, writes_to=[str(path)], **more)
     box.wait_state("holder", "running")
+
+
+def soon() -> str:
+    """Half a second from now."""
+    return datetime.fromtimestamp(time.time() + 0.5, UTC).isoformat()
 
 
 @pytest.mark.row(62, 63, 64, 80)
@@ -82,6 +89,27 @@ def test_the_queue_policy_runs_them_one_by_one_in_order(box: RealBox, tmp_path: 
 
 
 @pytest.mark.row(65)
+def test_a_wide_claim_is_not_overtaken_by_narrow_ones_that_come_later(box: RealBox, tmp_path: Path) -> None:
+    """However many they are and whatever their policy; only who warns goes past, and says so."""
+    order = tmp_path / "order"
+    holder(box, tmp_path / "d/0", tmp_path / "go")
+    say = f"echo $AGENTQ_TASK >> {order}; echo x"
+    box.submit(task="wide", id="wide", prompt=say, writes_to=[f"{tmp_path}/d"], on_conflict="queue")
+    for n in range(1, 6):
+        box.submit(task=f"n{n}", id=f"n{n}", prompt=say, writes_to=[f"{tmp_path}/d/{n}"], on_conflict="queue")
+    refused = box.submit(task="r", prompt=say, writes_to=[f"{tmp_path}/d/r"])
+    assert [each["task_id"] for each in refused["conflicts"]] == ["wide"]
+    box.submit(task="warns", id="warns", prompt=say, writes_to=[f"{tmp_path}/d/w"], on_conflict="warn")
+    assert box.result("warns")["status"] == "success"
+    assert {box.show(f"n{n}")["state"] for n in range(1, 6)} == {"blocked"}
+    (tmp_path / "go").touch()
+    wait_for("all ends", lambda: len(box.results()) == 8)
+    ran = order.read_text().split()
+    assert ran[:2] == ["warns", "wide"]
+    assert sorted(ran[2:]) == [f"n{n}" for n in range(1, 6)]
+
+
+@pytest.mark.row(65)
 def test_a_task_that_waits_for_a_place_says_for_whom(box: RealBox, tmp_path: Path) -> None:
     holder(box, tmp_path / "f", tmp_path / "go")
     box.append(
@@ -100,6 +128,22 @@ def test_a_task_that_waits_for_a_place_says_for_whom(box: RealBox, tmp_path: Pat
     assert box.result("second")["status"] == "success"
 
 
+@pytest.mark.row(64, 65, 80)
+def test_a_retry_claims_anew_and_meets_its_policy(box: RealBox, tmp_path: Path) -> None:
+    for policy in ("refuse", "queue"):
+        box.submit(task=policy, id=policy, prompt="exit 1", writes_to=[f"{tmp_path}/d/f"], on_conflict=policy)
+        box.wait_state(policy, "finished")
+    holder(box, tmp_path / "d", tmp_path / "go")
+    done = box.ctl("retry", "--json", "refuse")
+    assert (done.returncode, json.loads(done.stdout)["conflicts"][0]["task_id"]) == (75, "holder")
+    assert box.show("refuse")["state"] == "finished"
+    assert box.ctl("retry", "queue").returncode == 0
+    shown = box.show("queue")
+    assert (shown["state"], shown["reason"]) == ("blocked", "write_conflict")
+    (tmp_path / "go").touch()
+    wait_for("its second end", lambda: len(box.show("queue")["attempts"]) == 2)
+
+
 @pytest.mark.row(66)
 def test_the_warn_policy_admits_both_and_alerts_once(box: RealBox, tmp_path: Path) -> None:
     holder(box, tmp_path / "f", tmp_path / "go")
@@ -116,6 +160,7 @@ def test_the_warn_policy_admits_both_and_alerts_once(box: RealBox, tmp_path: Pat
         ("{}", {"refused"}),
         ("writes: {on_conflict: queue}", {"blocked"}),
         ("writes: {on_conflict: warn}", {"success"}),
+        ("writes: {on_conflict: warn}\nqueues: {default: {on_conflict: queue}}", {"blocked"}),
     ],
 )
 def test_the_policy_is_the_deployments_and_refuse_without_one(
@@ -158,7 +203,8 @@ def test_claims_and_conflicts_can_be_looked_at(box: RealBox, tmp_path: Path) -> 
 
 @pytest.mark.row(69)
 @pytest.mark.parametrize(
-    "end", ["success", "failed", "timeout", "cancelled", "lost", "spawn_failed", "no_work"]
+    "end",
+    ["success", "failed", "timeout", "cancelled", "lost", "spawn_failed", "no_work", "expired", "refused"],
 )
 def test_every_kind_of_end_releases_its_claim(box: RealBox, tmp_path: Path, end: str) -> None:
     more: dict[str, Any] = {
@@ -169,11 +215,19 @@ def test_every_kind_of_end_releases_its_claim(box: RealBox, tmp_path: Path, end:
         "lost": {"prompt": f"touch {tmp_path}/up; sleep 300"},
         "spawn_failed": {"command": ["/no/such"]},
         "no_work": {"prompt": "true"},
+        "expired": {"prompt": "true", "after": "failing", "expires_at": soon()},
+        "refused": {"prompt": "true", "after": "failing"},
     }[end]
+    box.submit(
+        task="failing", id="failing", prompt=f"while ! [ -e {tmp_path}/fail ]; do sleep 0.02; done; exit 1"
+    )
     box.submit(task="first", id="first", writes_to=[f"{tmp_path}/f"], kill_grace="100ms", **more)
     if end in {"cancelled", "lost"}:
         wait_for("its start", (tmp_path / "up").exists)
         box.kill_supervisor() if end == "lost" else box.api("POST", "/v1/tasks/first/cancel", {})
+    if end == "refused":
+        assert box.show("first")["state"] == "blocked"
+        (tmp_path / "fail").touch()
     assert box.result("first")["status"] == end
     assert box.api("GET", "/v1/writes")[1]["claims"] == []
     answer = box.submit(task="second", id="second", prompt="echo x", writes_to=[f"{tmp_path}/f"])
@@ -221,6 +275,10 @@ def test_of_fifty_claims_at_once_one_wins(make_box: MakeBox, tmp_path: Path) -> 
         ("d/f", "d"),
         ("d/f", "link/f"),
         ("d/new", "link/new"),
+        ("d/f", "//{w}///d/f/"),
+        ("d/f", "d/back/d/f"),
+        ("d/later/f", "ahead/f"),
+        ("d", "link/**/x"),
         ("d/*.md", "d/a.md"),
         ("d/a.md", "d/*.md"),
         ("**/x", "d/e/x"),
@@ -229,6 +287,9 @@ def test_of_fifty_claims_at_once_one_wins(make_box: MakeBox, tmp_path: Path) -> 
 def test_aliases_of_a_path_conflict(box: RealBox, tmp_path: Path, held: str, wanted: str) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "d")
+    (tmp_path / "d/back").symlink_to("..")
+    (tmp_path / "ahead").symlink_to("d/later")
+    wanted = wanted.replace("{w}", str(tmp_path))
     holder(box, tmp_path / held, tmp_path / "go")
     task = {"task": "second", "prompt": "echo x", "workdir": str(tmp_path), "writes_to": [wanted]}
     assert box.api("POST", "/v1/tasks", task)[0] == 409
@@ -236,7 +297,8 @@ def test_aliases_of_a_path_conflict(box: RealBox, tmp_path: Path, held: str, wan
 
 @pytest.mark.row(79)
 @pytest.mark.parametrize(
-    ("held", "wanted"), [("d", "d2"), ("d/a", "d/b"), ("d/*.md", "d/a.txt"), ("d/f", "d/f.bak")]
+    ("held", "wanted"),
+    [("d", "d2"), ("d/a", "d/A"), ("d/a", "d/b"), ("d/*.md", "d/a.txt"), ("d/f", "d/f.bak")],
 )
 def test_neighbours_do_not_conflict(box: RealBox, tmp_path: Path, held: str, wanted: str) -> None:
     holder(box, tmp_path / held, tmp_path / "go")
@@ -251,6 +313,20 @@ def test_tasks_related_by_after_do_not_conflict(box: RealBox, tmp_path: Path) ->
     assert answer["state"] == "blocked"
     (tmp_path / "go").touch()
     assert box.result("next")["status"] == "success"
+
+
+@pytest.mark.row(65)
+def test_whoever_comes_after_through_others_waits_though_those_end_early(
+    box: RealBox, tmp_path: Path
+) -> None:
+    holder(box, tmp_path / "f", tmp_path / "go")
+    box.submit(task="between", id="between", prompt="echo x", after="holder")
+    answer = box.submit(task="last", id="last", prompt="echo x", after="between", after_policy="any", writes_to=[f"{tmp_path}/f"])  # fmt: skip
+    assert answer["state"] == "blocked"  # not refused: it comes after the holder
+    box.api("POST", "/v1/tasks/between/cancel", {})
+    assert box.wait_state("last", "blocked")["reason"] == "write_conflict"
+    (tmp_path / "go").touch()
+    assert box.result("last")["status"] == "success"
 
 
 @pytest.mark.row(77)

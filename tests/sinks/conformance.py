@@ -35,6 +35,7 @@ class Adapter:
     """One plug and its receiver. `base` is a folder of the test's own."""
 
     type: ClassVar[str]
+    needs: ClassVar[str | None] = None  # the fixture that its receiver is
     cannot: ClassVar[dict[Condition, str]] = {}
     doubles_after_ambiguity: ClassVar[bool] = True  # what an append sink can see for itself, others cannot
 

@@ -12,6 +12,7 @@ from smtpserver import SmtpServer, smtp_server
 from .adapters import APPENDING, AppendAdapter, CompletionsAdapter
 from .smtpadapter import EmailAdapter
 from .sshadapters import SshAdapter, SshAppendAdapter, sshd_with_between
+from .webadapter import WebhookAdapter, receiver_process
 
 SSH = [
     pytest.param(adapter, marks=[pytest.mark.sshd, pytest.mark.xdist_group("sshd")], id=f"ssh-{adapter.mode}")
@@ -42,6 +43,13 @@ def post(smtpd: SmtpServer, tmp_path: Path) -> Iterator[EmailAdapter]:
     made = EmailAdapter(tmp_path / "base")
     yield made
     made.release()
+
+
+@pytest.fixture(scope="session")
+def web_receiver() -> Iterator[None]:
+    """One process for all: the path of a request names the test's folder."""
+    with receiver_process() as WebhookAdapter.port:
+        yield
 
 
 @pytest.fixture(params=SSH)

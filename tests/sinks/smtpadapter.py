@@ -30,6 +30,7 @@ PLANS: dict[Condition, dict[str, Any]] = {
 
 class EmailAdapter(Adapter):
     type = "email"
+    needs = "smtpd"
     server: ClassVar[SmtpServer]
 
     def __init__(self, base: Path) -> None:

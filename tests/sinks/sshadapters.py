@@ -26,6 +26,7 @@ class SshAdapter(Adapter):
     """One entry a file."""
 
     type = "ssh"
+    needs = "between"
     mode: ClassVar[str] = "file"
     server: ClassVar[RealSshd]
     cannot: ClassVar[dict[Condition, str]] = {

@@ -20,15 +20,17 @@ from .adapters import ADAPTERS
 from .conformance import SECRET, Adapter, Condition, delivery, ids, open_descriptors, some
 from .conftest import SSH
 from .sshadapters import SshAdapter
+from .webadapter import WebhookAdapter
 
 NO_ANSWER = [Condition.DEFERRING, Condition.CRASHING, Condition.AMBIGUOUS, Condition.HUGE_ANSWER]
 
 
-@pytest.fixture(params=[*(pytest.param(adapter, id=adapter.type) for adapter in ADAPTERS), *SSH])
+@pytest.fixture(
+    params=[*(pytest.param(adapter, id=adapter.type) for adapter in (*ADAPTERS, WebhookAdapter)), *SSH]
+)
 def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Adapter]:
-    receiver = {"ssh": "between", "email": "smtpd"}.get(request.param.type)
-    if receiver is not None:
-        request.getfixturevalue(receiver)
+    if request.param.needs is not None:
+        request.getfixturevalue(request.param.needs)
     base = tmp_path / "base"
     base.mkdir()
     made = request.param(base)
@@ -79,11 +81,11 @@ def targets(descriptors: set[str]) -> Counter[str]:
 
 
 def test_every_plug_has_an_adapter() -> None:
-    assert {adapter.type for adapter in (*ADAPTERS, SshAdapter)} == set(sink_types())
+    assert {adapter.type for adapter in (*ADAPTERS, WebhookAdapter, SshAdapter)} == set(sink_types())
 
 
 def test_what_a_receiver_cannot_be_has_a_reason() -> None:
-    for adapter in (*ADAPTERS, SshAdapter):
+    for adapter in (*ADAPTERS, WebhookAdapter, SshAdapter):
         assert all(len(reason) > 10 for reason in adapter.cannot.values())
         assert Condition.GOOD not in adapter.cannot
 

@@ -1,0 +1,244 @@
+"""Posts to one receiver over aiohttp, and tells how much of an answer there was.
+
+Invariants:
+1. An answer that is no 2xx counts as soon as its head is there; a 2xx only when it is whole, or has said 64 KiB, and when
+   all of the request was sent.
+2. A request that was cancelled, timed out or answered in part takes its connection with it.
+3. A kept connection that turns out to be closed before a word of an answer is no failure of the receiver (RFC 9112, 9.3.1:
+   it may close an idle one at any time): the request is sent again at once. It may have been taken before; it bears the
+   same id, so that this is what a retry five seconds later would do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import functools
+import os
+import ssl
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any, Final, Protocol
+
+import aiohttp
+import msgspec
+from yarl import URL
+
+from agentqd.core.limits import KIB
+from agentqd.core.weburl import WebUrl
+
+CONNECT_S: Final = 10.0
+KEEP_S: Final = 15.0  # many receivers close an idle connection after 5 to 75 s
+WHOLE_S: Final = 3000.0  # of one large request, however slowly its receiver takes it
+ANSWER_BYTES_MAX: Final = 64 * KIB
+_LARGE_ANSWER_S: Final = 120.0  # after a large body's last piece: the kernel may still hold some MiB of it
+_STALE_MAX: Final = 3
+
+
+class Unanswered(Exception):
+    """There is no answer that counts."""
+
+    def __init__(self, reason: str, *, connection: bool, busy: bool = False) -> None:
+        super().__init__(reason)
+        self.reason, self.connection, self.busy = reason, connection, busy
+
+
+class Answer(msgspec.Struct, frozen=True):
+    status: int
+    retry_after: str | None
+
+
+class Pieces(Protocol):
+    """A body that is too large for memory."""
+
+    length: int
+
+    def pieces(self) -> AsyncGenerator[bytes, None]: ...
+
+
+class _Wire:
+    """One connection: what aiohttp knows of it and does not tell."""
+
+    __slots__ = ("cut", "used")
+
+    def __init__(self) -> None:
+        self.cut: Exception | None = None  # it did not end by the receiver's close
+        self.used = False
+
+
+class _Try:
+    """What is known of one try, for the words about its end."""
+
+    __slots__ = ("deadline", "flaw", "reused", "status", "unsent", "wire")
+
+    def __init__(self, unsent: int) -> None:
+        self.deadline: asyncio.Timeout | None = None
+        self.status = 0
+        self.reused = False
+        self.unsent = unsent  # bytes of a body in pieces that were not handed on
+        self.flaw: Exception | None = None  # of the body's own
+        self.wire: _Wire | None = None
+
+
+_TRY: Final[contextvars.ContextVar[_Try]] = contextvars.ContextVar("try")
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Takes up no kept connection over which something has come unasked, and says which one a try got."""
+
+    async def connect(
+        self,
+        req: aiohttp.ClientRequest,
+        traces: list[Any],
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - the library's signature
+    ) -> aiohttp.connector.Connection:
+        while True:
+            connection = await super().connect(req, traces, timeout)
+            protocol: Any = connection.protocol
+            if not protocol.should_close:
+                break
+            connection.close()
+        wire = getattr(protocol, "wire", None)
+        if wire is None:
+            wire = protocol.wire = _Wire()
+            protocol.connection_lost = functools.partial(_lost, wire, protocol.connection_lost)
+        this = _TRY.get()
+        this.wire, this.reused, wire.used = wire, wire.used, True
+        return connection
+
+
+def _lost(wire: _Wire, tell: Callable[[Exception | None], None], error: Exception | None) -> None:
+    wire.cut = error
+    tell(error)
+
+
+class HttpPost:
+    def __init__(self, url: WebUrl, answer_s: float, at_once: int) -> None:
+        """`answer_s` is for all of a request, connecting too; of a body in pieces it begins anew with each one taken."""
+        self._url = URL(f"http{'s' if url.tls else ''}://{url.host_header}{url.target}", encoded=True)
+        self._where = url.where
+        self._answer_s = answer_s
+        self._at_once = at_once
+        self._session: aiohttp.ClientSession | None = None
+
+    async def post(self, headers: Mapping[str, str], body: bytes | Pieces) -> Answer:
+        """The receiver's answer. Raises Unanswered, and whatever `body.pieces` raises."""
+        for turn in range(1, _STALE_MAX + 1):
+            this = _Try(0 if isinstance(body, bytes) else body.length)
+            _TRY.set(this)
+            try:
+                async with asyncio.timeout(self._answer_s) as this.deadline:
+                    return await self._exchange(this, headers, body)
+            except (aiohttp.ClientError, TimeoutError) as error:
+                if this.flaw is not None:
+                    raise this.flaw from None
+                stale = isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError)
+                if not (stale and this.reused and not this.status and turn < _STALE_MAX):
+                    raise self._unanswered(this, error) from error
+        raise AssertionError("the last turn returns or raises")
+
+    async def close(self) -> None:
+        if self._session is not None:
+            session, self._session = self._session, None
+            await session.close()
+            await asyncio.sleep(0)  # the transports close their sockets at the loop's next turn
+
+    async def _exchange(self, this: _Try, headers: Mapping[str, str], body: bytes | Pieces) -> Answer:
+        data = body if isinstance(body, bytes) else self._in_pieces(this, body)
+        session = await self._opened()
+        async with session.post(self._url, data=data, headers=headers, allow_redirects=False) as response:
+            this.status = response.status
+            answer = Answer(response.status, response.headers.get("Retry-After"))
+            if not 200 <= response.status < 300:
+                response.close()  # what it says is not asked for
+                return answer
+            if not await _read_whole(response) or this.unsent:
+                response.close()
+            if this.unsent:
+                raise Unanswered("it said yes before it had taken the whole request", connection=False)
+            if this.wire is not None and this.wire.cut is not None and _ends_with_connection(response):
+                raise aiohttp.ClientPayloadError
+            return answer
+
+    async def _in_pieces(self, this: _Try, body: Pieces) -> AsyncGenerator[bytes, None]:
+        """The body for aiohttp; the deadline moves on with each piece that the receiver's side has taken."""
+        loop = asyncio.get_running_loop()
+        assert this.deadline is not None
+        give_up_at = loop.time() + WHOLE_S
+        try:
+            async with contextlib.aclosing(body.pieces()) as pieces:
+                async for piece in pieces:
+                    this.unsent -= len(piece)
+                    wait_s = self._answer_s if this.unsent else max(self._answer_s, _LARGE_ANSWER_S)
+                    this.deadline.reschedule(min(loop.time() + wait_s, give_up_at))
+                    yield piece
+        except Exception as flaw:
+            this.flaw = flaw
+            raise
+
+    async def _opened(self) -> aiohttp.ClientSession:
+        """Made when first used: it belongs to the running loop."""
+        if self._session is None:
+            # In a thread: it reads some hundred certificates.
+            tls = await asyncio.to_thread(ssl.create_default_context) if self._url.scheme == "https" else True
+            self._session = self._session or aiohttp.ClientSession(
+                connector=_Connector(limit=self._at_once, keepalive_timeout=KEEP_S, ssl=tls),
+                timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_S),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                skip_auto_headers=("Accept-Encoding",),
+                trust_env=False,
+            )
+        return self._session
+
+    def _unanswered(self, this: _Try, error: Exception) -> Unanswered:
+        where, status = self._where, this.status
+        match error:
+            case aiohttp.ServerTimeoutError():
+                return Unanswered(f"{where}: no connection within {CONNECT_S:g} s", connection=True)
+            case TimeoutError():
+                what = f"HTTP {status}, and no end of its answer" if status else "no answer"
+                return Unanswered(f"{what} within {self._answer_s:g} s", connection=True, busy=True)
+            case aiohttp.ClientConnectorDNSError():
+                known = error.os_error.strerror or str(error.os_error)
+                return Unanswered(f"{where}: its name is not known: {known}", connection=True)
+            case aiohttp.ClientConnectorCertificateError():
+                return Unanswered(f"{where}: {_explained(error.certificate_error)}", connection=True)
+            case aiohttp.ClientConnectorError():
+                return Unanswered(f"{where}: {_explained(error.os_error)}", connection=True)
+            case aiohttp.ServerDisconnectedError() | aiohttp.ClientOSError() if not status:
+                how = f"cut ({_explained(error)})" if isinstance(error, aiohttp.ClientOSError) else "closed"
+                return Unanswered(f"the connection was {how} before an answer was there", connection=True)
+            case _ if status:
+                return Unanswered(
+                    f"HTTP {status}, but its answer was cut off or cannot be read", connection=False
+                )
+            case _:  # its words may be the receiver's
+                return Unanswered("what it answers is no HTTP that can be read", connection=False)
+
+
+async def _read_whole(response: aiohttp.ClientResponse) -> bool:
+    """To its end, or as much as is listened to."""
+    taken = 0
+    while chunk := await response.content.readany():
+        taken += len(chunk)
+        if taken > ANSWER_BYTES_MAX:
+            return False
+    return True
+
+
+def _ends_with_connection(response: aiohttp.ClientResponse) -> bool:
+    """It says neither its length nor its last chunk: only an orderly end of the connection is its end."""
+    headers = response.headers
+    return "Content-Length" not in headers and "Transfer-Encoding" not in headers and response.status != 204
+
+
+def _explained(error: Exception) -> str:
+    """What is wrong with a connection, for a person."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"no TLS with it: {error.reason or error}"
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return str(error) or type(error).__name__
