@@ -68,12 +68,9 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         "claims": lambda: claims.measure(_sub(folder, "claims"), 10_000, samples),
         "rest": lambda: rest.measure(folder, 5 if quick else 30),
         "status": lambda: status.measure(folder, samples),
-<<<<<<< HEAD
-=======
         "webhook": lambda: webhook.measure(
             folder, 2_000 if quick else 20_000, 1 if quick else webhook.ROUNDS
         ),
->>>>>>> main
         "delivery": lambda: delivery.measure(
             folder / "delivery",
             lines,
@@ -82,12 +79,6 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
             1 if quick else delivery.ROUNDS,
         ),
         "isolation": lambda: isolation.measure(_sub(folder, "isolation"), min(samples, isolation.SAMPLES)),
-<<<<<<< HEAD
-        "webhook": lambda: webhook.measure(
-            folder, 2_000 if quick else 20_000, 1 if quick else webhook.ROUNDS
-        ),
-=======
->>>>>>> main
         "remote": lambda: remote.measure(
             folder,
             submits=20 if quick else 50,
@@ -177,15 +168,9 @@ def _parse() -> argparse.Namespace:
             "claims",
             "rest",
             "status",
-<<<<<<< HEAD
-            "delivery",
-            "isolation",
-            "webhook",
-=======
             "webhook",
             "delivery",
             "isolation",
->>>>>>> main
             "remote",
             "large",
         ],
