@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import MakeBox
+from httpserver import http_server
 from realbox import RealBox, wait_for
 
 pytestmark = pytest.mark.real
@@ -30,6 +31,27 @@ def rows(box: RealBox, *query: str) -> list[dict[str, Any]]:
 
 def sink(box: RealBox, name: str) -> dict[str, Any]:
     return next((each for each in box.ctl_json("sink", "list") if each["name"] == name), {})
+
+
+@pytest.mark.row(57, 31)
+def test_a_webhook_that_says_500_twice_gets_the_same_entry_a_third_time(
+    make_box: MakeBox, tmp_path: Path
+) -> None:
+    with http_server() as web:
+        web.plan = [500, 500]
+        box = make_box(
+            f"sinks: {{hook: {{type: webhook, url: '{web.url}', backoff: 50ms, backoff_max: 50ms}}, archive: {{type: file, path: {tmp_path}/archive.jsonl}}}}\n"
+            "routes: [{match: {type: agentq.task.success}, deliver_to: [hook, archive]}]\n"
+        )
+        box.append({"task": "one", "id": "one", "prompt": "echo x"})
+        wait_for("the third try", lambda: rows(box, "--sink", "hook", "--state", "delivered"))
+        assert [status for _, status, _, _ in web.seen] == [500, 500, 200]
+        assert {(entry_id, body) for entry_id, _, _, body in web.seen} == {(web.seen[0][0], web.seen[0][3])}
+        assert json.loads(web.seen[0][3])["data"]["task_id"] == "one"
+        assert ids(tmp_path / "archive.jsonl") == [web.seen[0][0]]
+        shown = box.ctl_json("outbox", "show", web.seen[0][0])
+        tries = next(row["tries"] for row in shown["rows"] if row["sink"] == "hook")
+        assert [(each["outcome"], each["reason"]) for each in tries] == [("deferred", "HTTP 500 Internal Server Error")] * 2 + [("delivered", None)]  # fmt: skip
 
 
 @pytest.mark.row(57)
