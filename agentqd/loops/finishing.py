@@ -22,6 +22,7 @@ from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
 from agentqd.loops.claimorder import grant_those
 from agentqd.loops.dropfolder import Handed, record
+from agentqd.loops.endlog import log_attempt, log_end
 from agentqd.loops.evidence import Seen, as_json
 from agentqd.loops.nextattempt import too_late, what_next
 from agentqd.loops.unblocking import candidates_after, request_of, unblock, what_blocks
@@ -105,7 +106,7 @@ def finish_attempt(tx: Transaction, box: Box, end: AttemptEnd) -> Finished | Non
             run_attempts=task.run_attempts - (1 if verdict.reason == USAGE_LIMIT else 0),
             wake_at=wake,
         )
-        tx.later(lambda: _log_attempt(box, moved, verdict, wake))
+        tx.later(lambda: log_attempt(box, moved, verdict, wake))
     return Finished(moved, verdict)
 
 
@@ -370,38 +371,4 @@ def add_result(tx: Transaction, box: Box, task: TaskRow, request: TaskRequest, d
             sinks=sinks_for(box.settings, subject, request.deliver_to, resolved.deliver_to),
         ),
     )
-    tx.later(lambda: _log_end(box, task, data))
-
-
-def _log_end(box: Box, task: TaskRow, data: dict[str, Any]) -> None:
-    """The one canonical line of a task."""
-    say = box.log.info if task.result in {"success", "cancelled"} else box.log.warning
-    say(
-        "task_finished",
-        task=task.id,
-        name=task.name,
-        queue=task.queue,
-        runner=task.runner,
-        result=task.result,
-        reason=task.reason,
-        attempt=task.attempt,
-        run=task.run,
-        exit_code=data["exit_code"],
-        signal=data["signal"],
-        duration_s=data["duration_s"],
-        waited_s=round(max(0, (task.started_at or task.run_at) - task.run_at) / US, 3),
-    )
-    box.task_changed(task.id)
-
-
-def _log_attempt(box: Box, task: TaskRow, verdict: Verdict, wake: int | None) -> None:
-    box.log.warning(
-        "attempt_ended",
-        task=task.id,
-        attempt=task.attempt,
-        result=verdict.result.value,
-        reason=verdict.reason,
-        state=task.state.value,
-        next_at=format_time(wake),
-    )
-    box.task_changed(task.id)
+    tx.later(lambda: log_end(box, task, data))
