@@ -48,7 +48,19 @@ def test_the_example_of_the_specification() -> None:
     assert signed == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
 
 
-@pytest.mark.parametrize("line", ["xyzzy", "whsec_", "whsec_a", "whsec_ab cd", "whpk_MfKQ", "whsec_M\u00e9", "whsec_YWJj", line_of(b"x" * 23)])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "xyzzy",
+        "whsec_",
+        "whsec_a",
+        "whsec_ab cd",
+        "whpk_MfKQ",
+        "whsec_M\u00e9",
+        "whsec_YWJj",
+        line_of(b"x" * 23),
+    ],
+)
 def test_what_is_no_secret_is_refused_and_not_shown(line: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_keys([line_of(b"x" * 24), line], "/etc/s")
