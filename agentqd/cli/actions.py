@@ -45,5 +45,6 @@ def act_on_queue(call: Call, queue: str, action: str) -> int:
     if call.as_json:
         call.out.json(answer)
     else:
-        call.out.line(f"{queue}  {'paused' if answer.get('paused') else 'running'}")
+        removed = "" if answer.get("in_config", True) else " (not in the config: nothing of it starts)"
+        call.out.line(f"{queue}  {'paused' if answer.get('paused') else 'running'}{removed}")
     return 0

@@ -18,6 +18,13 @@ def say_end(call: Call, end: dict[str, Any]) -> None:
     if not end.get("finished"):
         parts.append("not finished in time")
     call.out.line("  ".join(parts))
+    if why := why_refused(end):
+        call.out.lines(why, indent="  ", hang="  ")
+
+
+def why_refused(end: dict[str, Any]) -> str:
+    """Of a refused task: what stood in its way."""
+    return str(end.get("detail") or "") if end.get("result") == "refused" else ""
 
 
 def log_reader(call: Call, task_id: str, stream: str) -> LogReader:
@@ -34,7 +41,7 @@ def follow_to_the_end(call: Call, task_id: str, *, may_be_unread: bool) -> int:
         _until_known(call, task_id)
     log_reader(call, task_id, "stdout").follow(None)
     end = wait_for(call.box, task_id)
-    call.out.note(f"{task_id}  {outcome(end)}")
+    call.out.note("  ".join(filter(None, (task_id, outcome(end), why_refused(end)))))
     return exit_code_of(end)
 
 

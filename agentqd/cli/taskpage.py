@@ -25,7 +25,7 @@ def _draw_facts(out: Output, task: dict[str, Any]) -> None:
     waiting = task.get("waiting_for")
     if isinstance(waiting, dict):
         until = f" (until {local_time(waiting['until'])})" if waiting.get("until") else ""
-        _fact(out, "waits for", f"{waiting.get('text') or waiting.get('reason') or ''}{until}")
+        _fact(out, "waiting", f"{waiting.get('text') or waiting.get('reason') or ''}{until}")
     if not isinstance(waiting, dict) or task.get("detail") != waiting.get("text"):
         _fact(out, "detail", task.get("detail"))
     by = f"queue {task.get('queue')}, runner {task.get('runner')}, priority {task.get('priority', 0)}"
@@ -33,8 +33,20 @@ def _draw_facts(out: Output, task: dict[str, Any]) -> None:
     _fact(out, "runs", by + run)
     labels = task.get("labels")
     _fact(out, "labels", ", ".join(map(str, labels)) if isinstance(labels, list) else labels)
+    _draw_declared(out, task.get("declared"))
     _fact(out, "came from", source_text(task.get("source")))
     _fact(out, "folder", task.get("folder"))
+
+
+def _draw_declared(out: Output, declared: Any) -> None:
+    """What its line asked for."""
+    if not isinstance(declared, dict):
+        return
+    for name, label in (("writes_to", "writes to"), ("after", "after")):
+        items = declared.get(name)
+        _fact(out, label, ", ".join(map(str, items)) if isinstance(items, list) else items)
+    for name, label in (("not_before", "starts at"), ("expires_at", "expires")):
+        _fact(out, label, local_time(declared.get(name)))
 
 
 def source_text(source: Any) -> str:

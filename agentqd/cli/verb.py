@@ -173,6 +173,8 @@ class Family(click.Group):
         self._default = default
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args[:1] == ["--json"] and args[1:2] and args[1] in self.commands:
+            args = [args[1], args[0], *args[2:]]
         bare = not args or (args[0].startswith("-") and args[0] not in ("--help", "-h"))
         if self._default is not None and bare:
             args = [self._default, *args]
@@ -183,6 +185,11 @@ class TaskId(click.types.StringParamType):
     """A task's id; the shell completes the newest ones."""
 
     name = "id"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value).strip():
+            self.fail("it is empty; a task's id is needed (agentqctl list shows them)", param, ctx)
+        return super().convert(value, param, ctx)
 
     def shell_complete(
         self,

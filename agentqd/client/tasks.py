@@ -81,7 +81,7 @@ def wait_for(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
-    """The end of a task: `{"id", "state", "result", "reason", "exit_code", "finished"}`; `finished` is false only after
+    """The end of a task: `{"id", "state", "result", "reason", "detail", "conflicts", "exit_code", "finished"}`; `finished` is false only after
     `timeout_s`. `may_be_unread`: the line stands in the queue file, so "no such task" is "not yet" for a while."""
     until = None if timeout_s is None else clock() + timeout_s
     patience = Patience(box.reconnect_s, clock)
@@ -91,6 +91,8 @@ def wait_for(
         "state": None,
         "result": None,
         "reason": None,
+        "detail": None,
+        "conflicts": [],
         "exit_code": None,
         "finished": False,
     }

@@ -26,6 +26,10 @@ TASK_COLUMNS: Final = (
 )
 _TASKS: Final = f"SELECT {TASK_COLUMNS} FROM tasks"  # noqa: S608 - fixed names
 
+RESULT_OF_RUN: Final = (
+    "SELECT payload FROM entries WHERE task_seq = ? AND run = ? AND kind = 'result' LIMIT 1"
+)
+LOST_IN_RUN: Final = "SELECT count(*) FROM attempts WHERE task_seq = ? AND run = ? AND result = 'lost'"
 TASK_COUNTS: Final = "SELECT queue, state, result, n FROM task_counts WHERE n <> 0"
 OUTBOX_COUNTS: Final = "SELECT sink, state, n FROM outbox_counts WHERE n <> 0"
 ACTIVE_BY_QUEUE: Final = (

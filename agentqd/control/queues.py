@@ -16,7 +16,7 @@ def _pausing(*, on: bool) -> Handler:
     async def handler(call: Call) -> web.StreamResponse:
         known_fields(await call.body(), ())
         room, queue = call.room, call.part("name")
-        await _check_queue(room, queue)
+        await check_queue(room, queue)
         options = room.box.settings.queues.get(queue)
         if not on and options is not None and options.paused:
             text = (
@@ -25,12 +25,13 @@ def _pausing(*, on: bool) -> Handler:
             raise IllegalTransition(text, queue=queue, paused=True)
         await room.box.journal.commit(lambda tx: _set_paused(tx, room, queue, on=on))
         room.box.log.info("queue_paused" if on else "queue_resumed", queue=queue)
-        return answer({"queue": queue, "paused": on})
+        in_config = queue == "default" or options is not None
+        return answer({"queue": queue, "paused": on, "in_config": in_config})
 
     return handler
 
 
-async def _check_queue(room: Room, queue: str) -> None:
+async def check_queue(room: Room, queue: str) -> None:
     """Raises NoSuchQueue: neither in the config nor with a task."""
     known = queue == "default" or queue in room.box.settings.queues
     if not known and is_text(queue):

@@ -15,9 +15,10 @@ import msgspec
 from agentqd.control import queries
 from agentqd.control.queries import Written
 from agentqd.control.room import Room
-from agentqd.core.lifecycle import State
+from agentqd.core.lifecycle import Result, State
 from agentqd.core.limits import AHEAD_SEEN_MAX, DEPENDENCIES_SHOWN, WAITING_REASONS_SEEN_MAX
 from agentqd.core.resolve import resolve
+from agentqd.core.retry import LOST_REQUEUES_MAX
 from agentqd.core.task import read_task
 from agentqd.core.units import format_time, parse_time_us
 from agentqd.loops.claiming import WRITE_CONFLICT, in_line
@@ -43,6 +44,7 @@ class SeenWaiting(msgspec.Struct, frozen=True):
     depends_on: list[tuple[str, str, str | None]] = []
     conflicts: list[dict[str, str]] = []
     attempts_max: int = 1
+    lost: int | None = None  # attempts of this run that were lost, if the last one was
 
 
 class Looker:
@@ -60,10 +62,11 @@ class Looker:
         waits = task.state in {State.QUEUED, State.BLOCKED, State.RETRYABLE}
         if not waits:
             return SeenWaiting(self._active, self._limits, self._paused_at)
-        attempts_max = 1
+        attempts_max, lost = 1, None
         if task.state is State.RETRYABLE:
             request = read_task(store.spec_of(self._connection, task.seq)[0])
             attempts_max = resolve(request, task.queue, task.runner, self._room.box.settings).max_attempts
+            lost = self._lost(task)
         return SeenWaiting(
             self._active,
             self._limits,
@@ -72,7 +75,14 @@ class Looker:
             depends_on=self._depends_on(task) if task.state is State.BLOCKED else [],
             conflicts=self._conflicts(task) if task.reason == WRITE_CONFLICT else [],
             attempts_max=attempts_max,
+            lost=lost,
         )
+
+    def _lost(self, task: TaskRow) -> int | None:
+        """How often its worker was lost in this run; None: its last attempt ended otherwise."""
+        if store.attempt_of(self._connection, task.seq, task.attempt).result != Result.LOST:
+            return None
+        return int(self._connection.execute(queries.LOST_IN_RUN, (task.seq, task.run)).fetchone()[0])
 
     def _ahead(self, task: TaskRow) -> int:
         """Tasks of its queue that go first, at most AHEAD_SEEN_MAX + 1."""
@@ -202,8 +212,12 @@ def _held(task: TaskRow) -> tuple[dict[str, Any], str]:
 
 def _backoff(task: TaskRow, seen: SeenWaiting) -> tuple[dict[str, Any], str]:
     cause = str(task.reason or "failed")
+    now = f"agentqctl retry {task.id} starts it now"
+    if seen.lost is not None:
+        text = f"its worker was lost ({cause.replace('_', ' ')}), requeued {seen.lost} of at most {LOST_REQUEUES_MAX}; {now}"
+        return {"cause": cause, "requeues_used": seen.lost, "max_requeues": LOST_REQUEUES_MAX}, text
     used, most = task.run_attempts, max(seen.attempts_max, task.run_attempts)
-    text = f"attempt {used} of {most} ended ({cause.replace('_', ' ')}), the next one backs off; agentqctl retry {task.id} starts it now"
+    text = f"attempt {used} of {most} ended ({cause.replace('_', ' ')}), the next one backs off; {now}"
     return {"cause": cause, "attempts_used": used, "max_attempts": most}, text
 
 

@@ -17,6 +17,7 @@ from aiohttp import web
 
 from agentqd.control import queries
 from agentqd.control.queries import Written, task_row, written
+from agentqd.control.queues import check_queue
 from agentqd.control.reasons import Looker, SeenWaiting
 from agentqd.control.room import Room
 from agentqd.control.route import Call, Param, Route, answer, comma_list
@@ -206,6 +207,8 @@ async def list_tasks(call: Call) -> web.StreamResponse:
         name=query["name"],
         label=query["label"],
     )
+    for queue in wanted.queues:
+        await check_queue(call.room, queue)
     limit = query["limit"]
     found = await find_tasks(call.room, wanted, query["before"], limit + 1)
     page = found[:limit]
@@ -237,5 +240,6 @@ ROUTES: Final = (
                 SEQ_MAX,
             ),
         ),
+        more_statuses={404: "no_such_queue"},
     ),
 )

@@ -16,7 +16,14 @@ from agentqd.control.reasons import Looker, SeenWaiting
 from agentqd.control.room import Room
 from agentqd.control.route import Call, Handler, Route, answer, known_fields
 from agentqd.control.tasklist import pid_of
-from agentqd.control.views import OutboxRow, attempt_view, outbox_view, settings_view, task_summary
+from agentqd.control.views import (
+    OutboxRow,
+    attempt_view,
+    declared_view,
+    outbox_view,
+    settings_view,
+    task_summary,
+)
 from agentqd.core.errors import NoSuchTask
 from agentqd.core.limits import LIST_ROWS_MAX
 from agentqd.core.resolve import resolve
@@ -87,6 +94,7 @@ async def show_task(call: Call) -> web.StreamResponse:
         {"seq": seq, "at": format_time(at), "event": event, "data": msgspec.json.decode(data)}
         for seq, at, event, data in shown.events
     ]
+    view["declared"] = declared_view(request)
     view["settings"] = settings_view(resolve(request, task.queue, task.runner, room.box.settings))
     return answer(view)
 

@@ -90,6 +90,17 @@ def deadline_us(room: Room, task: TaskRow, request: TaskRequest, started_us: int
     return min((at for at in (run, total) if at is not None), default=None)
 
 
+def declared_view(request: TaskRequest) -> dict[str, Any]:
+    """What the task itself says of its order and its places, as it was written; no prompt, no env."""
+    return {
+        "writes_to": request.writes_to or [],
+        "after": request.after_list(),
+        "after_policy": request.after_policy,
+        "not_before": request.not_before,
+        "expires_at": request.expires_at,
+    }
+
+
 def settings_view(resolved: Resolved) -> dict[str, Any]:
     """What holds for a task now: its own word, else the config's."""
     view: dict[str, Any] = msgspec.to_builtins(resolved, enc_hook=encode_unit)

@@ -23,6 +23,7 @@ from agentqd.core import limits
 from agentqd.core.errors import InvalidTask
 from agentqd.core.settings import AfterPolicy, Conflict, OnLost
 from agentqd.core.units import Backoff, Duration, Size, decode_unit, encode_unit, parse_time_us
+from agentqd.core.wording import plain
 
 TASK_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -145,7 +146,7 @@ def _explain(raw: bytes, error: Exception) -> InvalidTask:
     if field and (unknown := re.search(r"contains unknown field `([^`]*)`", message)):
         known = ExpectFile.__struct_fields__ if "files" in field else Expect.__struct_fields__
         return unknown_field(unknown[1], known, inside=field)
-    shown = f"{field}: {what[:1].lower()}{what[1:]}" if field else what
+    shown = f"{field}: {plain(what, (field,), TaskRequest)}" if field else what
     return InvalidTask(
         shown[:400], code="invalid_field", field=(field or "").split(".")[0].split("[")[0] or None
     )

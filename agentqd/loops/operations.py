@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from agentqd.core.errors import IllegalTransition, NoSuchTask
-from agentqd.core.lifecycle import ACTIVE_STATES, Event, Result, State
+from agentqd.core.lifecycle import ACTIVE_STATES, TABLE, Event, Result, State
 from agentqd.core.resolve import resolve
 from agentqd.core.verdict import CANCELLED
 from agentqd.core.waking import next_wake_us, wake_times
@@ -47,7 +47,10 @@ def cancel(tx: Transaction, box: Box, supervision: Supervision, task_id: str) ->
 
 def hold(tx: Transaction, task_id: str) -> TaskRow:
     """Keep a waiting task from starting. Raises NoSuchTask, IllegalTransition."""
-    return store.move_task(tx, must_find(tx, task_id), Event.HOLD_REQUESTED, reason="held", detail=None)
+    task = must_find(tx, task_id)
+    if Event.HOLD_REQUESTED not in TABLE[task.state]:
+        raise _cannot(task)
+    return store.move_task(tx, task, Event.HOLD_REQUESTED, reason="held", detail=None)
 
 
 def release(tx: Transaction, box: Box, task_id: str) -> TaskRow:
@@ -56,6 +59,8 @@ def release(tx: Transaction, box: Box, task_id: str) -> TaskRow:
     task = must_find(tx, task_id)
     if task.state in {State.RETRYABLE, State.QUEUED}:
         return _now(tx, box, task)
+    if task.state is not State.HELD:
+        raise _cannot(task)
     request = request_of(tx, task)
     times = wake_times(request, resolve(request, task.queue, task.runner, box.settings), task.run_at)
     later = any(at > tx.now_us for at, what in times if what == "start_time")
@@ -131,17 +136,29 @@ def _now(tx: Transaction, box: Box, task: TaskRow) -> TaskRow:
         return reclaim(tx, box, moved)
     if task.state is State.QUEUED and lift(tx, task.runner, "person"):
         return task
-    what = {
-        State.SCHEDULED: "has not run yet: it waits for its start time",
-        State.QUEUED: "has not run yet: it starts as soon as it can",
-        State.BLOCKED: f"has not run yet: it is blocked ({task.reason}: {task.detail})",
+    raise _cannot(task)
+
+
+def _cannot(task: TaskRow) -> IllegalTransition:
+    """What the task does now, and what can be done instead of what was asked for."""
+    text = f"task {task.id} {_instead(task)}; nothing was changed"
+    return IllegalTransition(text, state=task.state.value, reason=task.reason, result=task.result)
+
+
+def _instead(task: TaskRow) -> str:
+    show = f"agentqctl show {task.id} says why it waits"
+    waits = "waits for its next attempt" if task.attempt else "has not run yet"
+    why = ": ".join(part for part in (task.reason, task.detail) if part)
+    return {
+        State.SCHEDULED: f"{waits}: its start time lies ahead; {show}",
+        State.QUEUED: f"{waits}: nothing of its own holds it back; {show}",
+        State.BLOCKED: f"{waits}: it is blocked{f' ({why})' if why else ''}; {show}",
         State.HELD: f"is held; agentqctl release {task.id} lets it go on",
-        State.RUNNING: f"is running (attempt {task.attempt}); wait for its end, or cancel it first",
-        State.STOPPING: f"is being ended (attempt {task.attempt}); retry it then",
+        State.RETRYABLE: f"{waits}; agentqctl retry {task.id} starts it now",
+        State.RUNNING: f"is running (attempt {task.attempt}); wait for its end, or agentqctl cancel {task.id}",
+        State.STOPPING: f"is being ended (attempt {task.attempt}); agentqctl wait {task.id}, then retry it",
+        State.FINISHED: f"has finished ({task.result}); agentqctl retry {task.id} runs it again",
     }[task.state]
-    raise IllegalTransition(
-        f"task {task.id} {what}; nothing was changed", state=task.state.value, reason=task.reason
-    )
 
 
 _FORGET_ENDED: Final = (

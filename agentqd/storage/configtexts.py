@@ -5,18 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
 from agentqd.core.settings import Settings, Sink
 from agentqd.core.sink_rules import fields_of
-
-Key = tuple[str | int, ...]
-_PLAIN: Final = {
-    "str": "a text", "int": "a whole number", "float": "a number", "bool": "true or false", "array": "a list",
-    "object": "a mapping of options", "null": "nothing",
-}  # fmt: skip
+from agentqd.core.wording import Key, plain
 
 
 def unknown_keys(value: Any, wanted: Any, key: Key) -> Iterator[tuple[Key, str]]:
@@ -67,45 +62,7 @@ def msgspec_problem(text: str, value: Any) -> tuple[Key, str]:
                 following.append(([*so_far, int(index)], item[int(index)]))
         candidates = following or candidates
     wrong = next((so_far for so_far, item in candidates if not _fits(item, message)), candidates[0][0])
-    return tuple(wrong), _plain(message, tuple(wrong))
-
-
-def _plain(message: str, key: Key) -> str:
-    """msgspec's words as a person would say them."""
-    if (enum := re.fullmatch(r"Invalid enum value (?:'(.*)'|(\S+))", message, re.DOTALL)) is not None:
-        given = enum[1] if enum[1] is not None else enum[2]
-        choices = _choices(key)
-        near = difflib.get_close_matches(given, choices, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"there is no {key[-1]} {given!r}; it is one of {', '.join(choices)}{hint}"
-    kinds = re.fullmatch(r"Expected `([a-z| ]+)`, got `([a-z]+)`", message)
-    if kinds is not None:
-        wanted = [each for each in kinds[1].split(" | ") if each != "null"] or ["null"]
-        said = " or ".join(_PLAIN.get(each, each) for each in wanted)
-        return f"expected {said}, got {_PLAIN.get(kinds[2], kinds[2])}"
-    return f"{message[:1].lower()}{message[1:]}"
-
-
-def _choices(key: Key) -> list[str]:
-    """The words that the option at `key` takes."""
-    kinds: list[Any] = [msgspec.inspect.type_info(Settings)]
-    for part in key:
-        below: list[Any] = []
-        for kind in kinds:
-            if isinstance(kind, msgspec.inspect.StructType):
-                below += [field.type for field in kind.fields if field.encode_name == part]
-            elif isinstance(kind, msgspec.inspect.DictType):
-                below.append(kind.value_type)
-            elif isinstance(kind, msgspec.inspect.ListType):
-                below.append(kind.item_type)
-        kinds = [
-            one
-            for kind in below
-            for one in (kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,))
-        ]
-    return [
-        str(value) for kind in kinds if isinstance(kind, msgspec.inspect.LiteralType) for value in kind.values
-    ]
+    return tuple(wrong), plain(message, tuple(wrong), Settings)
 
 
 def _fits(item: Any, message: str) -> bool:

@@ -151,8 +151,15 @@ def _row(row: dict[str, Any]) -> list[Cell | str]:
     return [
         str(row.get("seq", "")),
         age(row.get("completed_at")),
-        Cell(f"{status} ({reason})" if reason and status != "success" else status, style),
+        Cell(f"{status} ({reason}{_against(row)})" if reason and status != "success" else status, style),
         duration(row.get("duration_s")),
         str(row.get("name") or ""),
         str(row.get("task_id") or row.get("submitted_id") or "-"),
     ]
+
+
+def _against(row: dict[str, Any]) -> str:
+    """Whose claim a refused task has met."""
+    met = row.get("conflicts")
+    first = met[0] if isinstance(met, list) and met and isinstance(met[0], dict) else {}
+    return f" with {first['task_id']}" if first.get("task_id") else ""

@@ -12,7 +12,8 @@ from agentqd.cli.text import age
 from agentqd.cli.verb import Call, Family, verb
 from agentqd.cli.verbs.writesclaim import command as claim
 from agentqd.client.connection import Query, take
-from agentqd.core.units import format_duration, format_time, parse_duration, parse_time_us
+from agentqd.core.errors import InvalidRequest
+from agentqd.core.units import format_duration, format_time, parse_moment_us, parse_time_us
 
 CLAIM_COLUMNS = (
     Column("PATH", flex=True),
@@ -88,11 +89,11 @@ def _in(expires: Any) -> str:
 
 
 def _time(text: str) -> str:
-    """RFC 3339; a duration is so long ago. What is neither, the daemon names."""
+    """RFC 3339; a duration is so long ago."""
     try:
-        return str(format_time(int((time.time() - parse_duration(text)) * 1e6)))
-    except ValueError:
-        return text
+        return str(format_time(parse_moment_us(text, int(time.time() * 1e6))))
+    except ValueError as error:
+        raise InvalidRequest(f"--since: {error}", field="since") from None
 
 
 def _conflict(item: dict[str, Any]) -> list[Cell | str]:
