@@ -91,7 +91,12 @@ def wait_for_end(
             view = spooled_view(call.spool, task_id)
             if view is not None and view["state"] is not None:
                 names = ("id", "state", "result", "reason", "detail")
-                return {**{name: view[name] for name in names}, "conflicts": [], "exit_code": None, "finished": True}
+                return {
+                    **{name: view[name] for name in names},
+                    "conflicts": [],
+                    "exit_code": None,
+                    "finished": True,
+                }
             if time.monotonic() >= unread_until:
                 raise
         time.sleep(wait_s if left_s is None else min(wait_s, left_s))

@@ -310,3 +310,27 @@ def test_pull_to_shows_a_bar_on_a_terminal_and_none_in_a_pipe(ctl: Ctl, daemon: 
     done = ctl("pull", "--to", "elsewhere")
     assert (done.code, done.err) == (0, "")
     assert json.loads(done.out)["dir"] == f"{ctl.root}/elsewhere/big___31m-t"
+
+
+def test_the_end_of_a_refused_task_says_what_stood_in_its_way(ctl: Ctl, daemon: StandIn) -> None:
+    async def refused(_: web.Request) -> web.StreamResponse:
+        return web.json_response({
+            "id": "t1", "state": "finished", "result": "refused", "reason": "write_conflict", "exit_code": None,
+            "detail": "it wants to write /w, which task t0 (a) has claimed as /w", "finished": True,
+            "conflicts": [{"task_id": "t0", "task": "a", "path": "/w"}],
+        })  # fmt: skip
+
+    daemon.answers[("GET", "/v1/tasks/t1/wait")] = refused
+    done = ctl("wait", "t1")
+    assert done.code == 125
+    assert done.out.splitlines()[0] == "t1  refused (write_conflict)"
+    assert "which task t0 (a) has claimed as /w" in done.out
+    assert ctl("wait", "t1", "--json").json["conflicts"][0]["task_id"] == "t0"
+
+
+def test_pulls_table_names_the_task_that_a_refused_one_has_met(ctl: Ctl, daemon: StandIn) -> None:
+    daemon.completions = [{
+        "seq": 1, "task_id": "t1", "name": "n", "status": "refused", "reason": "write_conflict", "pulled": False,
+        "conflicts": [{"task_id": "t0", "task": "a", "path": "/w"}],
+    }]  # fmt: skip
+    assert "refused (write_conflict with t0)" in ctl.on_terminal("pull", columns=120).out

@@ -12,7 +12,7 @@ from agentqd.cli.text import width
 from agentqd.client.ids import name_from, new_task_id
 
 from .conftest import Ctl
-from .standin import LATER, StandIn, a_row, a_sink, a_status, a_task, error
+from .standin import LATER, NOW, StandIn, a_row, a_sink, a_status, a_task, error
 
 HOSTILE = (
     "evil \x1b[31mred\x1b]0;title\x07 \x9b2J \r\n\u202eabc\u2066 \ud800 ü 日本語の長い名前 👩‍👩‍👧 e\u0301"
@@ -344,3 +344,46 @@ def test_show_tells_a_delivery_once(ctl: Ctl, daemon: StandIn) -> None:
 def test_audit_verify_offline_without_a_journal_says_so(ctl: Ctl) -> None:
     done = ctl("audit", "verify", "--offline", "--json")
     assert (done.code, done.json["error"]) == (1, "state_folder")
+
+
+def test_show_says_why_a_task_waits_once_and_what_was_declared(ctl: Ctl, daemon: StandIn) -> None:
+    daemon.tasks["t1"] = a_task(
+        state="blocked", result=None, reason="write_conflict",
+        waiting_for={"reason": "write_conflict", "until": None, "text": "waits for A (A)"},
+        declared={"writes_to": ["/srv/a", "/srv/b"], "after": ["t0"], "not_before": NOW, "expires_at": None},
+    )  # fmt: skip
+    out = ctl("show", "t1").out
+    assert "waiting   waits for A (A)" in out
+    assert "waits for waits for" not in out
+    assert "writes to /srv/a, /srv/b" in out
+    assert "after     t0" in out
+    assert "starts at " in out
+    assert "expires" not in out
+
+
+def test_an_empty_id_is_told_before_anything_is_asked(ctl: Ctl, daemon: StandIn) -> None:
+    for verb in ("show", "cancel", "wait"):
+        done = ctl(verb, "")
+        assert (done.code, "a task's id is needed" in done.err) == (2, True)
+    assert not daemon.seen
+
+
+def test_resume_of_a_queue_that_was_taken_from_the_config_says_so(ctl: Ctl, daemon: StandIn) -> None:
+    async def removed(_: web.Request) -> web.StreamResponse:
+        return web.json_response({"queue": "one", "paused": False, "in_config": False})
+
+    daemon.answers[("POST", "/v1/queues/one/resume")] = removed
+    assert ctl("resume", "one").out == "one  running (not in the config: nothing of it starts)\n"
+
+
+def test_a_time_that_is_none_is_told_with_both_ways_to_say_one(ctl: Ctl, daemon: StandIn) -> None:
+    done = ctl("writes", "conflicts", "--since", "nope")
+    assert (done.code, "or 2h for two hours ago" in done.err) == (2, True)
+    assert not daemon.seen
+    assert ctl("writes", "conflicts", "--since", "2h").code == 0
+
+
+def test_json_may_stand_before_the_verb_of_a_family(ctl: Ctl, daemon: StandIn) -> None:
+    fill(daemon)
+    assert ctl("writes", "--json", "conflicts").json == ctl("writes", "conflicts", "--json").json
+    assert ctl("writes", "--json").json == ctl("writes", "list", "--json").json

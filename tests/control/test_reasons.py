@@ -8,7 +8,10 @@ import msgspec
 
 from agentqd.core.lifecycle import Event
 from agentqd.core.settings import Queue, Runner, Settings
+from agentqd.core.task import read_task
 from agentqd.core.usage_limit import Limit
+from agentqd.loops.ends import AttemptEnd
+from agentqd.loops.finishing import finish_attempt
 from agentqd.loops.usage_limits import met
 from agentqd.storage import tasks as store
 
@@ -105,3 +108,28 @@ async def test_a_task_that_waits_for_its_runners_limit_says_until_when_and_wheth
     status = await daemon.get("/v1/status")
     assert status["waiting"] == {"usage_limit": 1}
     assert status["runner_limits"]["claude"]["known"] is False
+
+
+async def test_a_task_whose_worker_was_lost_counts_its_requeues_and_not_its_attempts(daemon: Daemon) -> None:
+    daemon.connect_supervisor()
+    await daemon.submit(id="a", on_lost="requeue")
+
+    def unit(tx: Any) -> None:
+        task = store.find(tx, "a")
+        assert task is not None
+        request = read_task(store.spec_of(tx, task.seq)[0])
+        finish_attempt(tx, daemon.box, AttemptEnd("a", 1, request, lost_reason="supervisor_lost"))
+
+    await daemon.journal.commit(unit)
+    why = await _why(daemon, "a")
+    assert (why["reason"], why["cause"], why["requeues_used"]) == ("backoff", "supervisor_lost", 1)
+    assert "requeued 1 of at most 10" in why["text"]
+    assert "attempt 1 of 1" not in why["text"]
+
+
+async def test_resuming_a_queue_that_the_config_no_longer_has_says_so(daemon: Daemon) -> None:
+    daemon.box.apply(Settings(queues={"old": Queue()}))
+    await daemon.submit(id="a", queue="old")
+    assert (await daemon.post("/v1/queues/old/pause"))["in_config"] is True
+    daemon.box.apply(Settings())
+    assert await daemon.post("/v1/queues/old/resume") == {"queue": "old", "paused": False, "in_config": False}

@@ -129,7 +129,11 @@ async def test_a_task_that_does_not_die_is_named(daemon: Daemon) -> None:
 
 
 async def test_a_paused_queue_starts_nothing_and_says_so(daemon: Daemon) -> None:
-    assert await daemon.post("/v1/queues/default/pause") == {"queue": "default", "paused": True}
+    assert await daemon.post("/v1/queues/default/pause") == {
+        "queue": "default",
+        "paused": True,
+        "in_config": True,
+    }
     daemon.connect_supervisor()
     task_id = await daemon.submit()
     shown = await daemon.get(f"/v1/tasks/{task_id}")
@@ -137,7 +141,11 @@ async def test_a_paused_queue_starts_nothing_and_says_so(daemon: Daemon) -> None
     status = await daemon.get("/v1/status")
     assert status["queues"]["default"]["paused"]
     assert [item["fix"] for item in status["attention"]] == ["agentqctl resume default"]
-    assert await daemon.post("/v1/queues/default/resume") == {"queue": "default", "paused": False}
+    assert await daemon.post("/v1/queues/default/resume") == {
+        "queue": "default",
+        "paused": False,
+        "in_config": True,
+    }
     await daemon.until(lambda: task_id in daemon.supervision.live)
     await daemon.fails("POST", "/v1/queues/nope/pause", 404, "no_such_queue")
     await daemon.fails("POST", "/v1/queues/%ff/resume", 404, "no_such_queue")

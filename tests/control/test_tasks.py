@@ -211,7 +211,8 @@ async def test_wait_answers_when_the_task_ends(daemon: Daemon) -> None:
     await daemon.until(lambda: daemon.server._room.watch._waiters)
     await daemon.end_task(task_id, exit_code=7)
     assert await waiting == {
-        "id": task_id, "state": "finished", "result": "failed", "reason": "exit_code", "exit_code": 7, "finished": True,
+        "id": task_id, "state": "finished", "result": "failed", "reason": "exit_code", "detail": "exit code 7",
+        "conflicts": [], "exit_code": 7, "finished": True,
     }  # fmt: skip
     assert not daemon.server._room.watch._waiters
 
@@ -246,7 +247,7 @@ async def test_list_filters_and_pages_newest_first(daemon: Daemon) -> None:
     assert await listed(state="finished") == await listed(result="cancelled") == ["t4"]
     assert await listed(state="held,finished") == ["t5", "t4"]
     assert await listed(state="queued", queue="default", limit="3") == ["t8", "t7", "t6"]
-    assert await listed(state="running") == await listed(result="lost") == await listed(queue="nope") == []
+    assert await listed(state="running") == await listed(result="lost") == []
     assert await listed(name="name1", state="queued") == ["t7", "t3", "t1"]
     assert await listed(label="blue") == await listed(queue="slow") == ["slow1"]
     assert await listed(label="green") == await listed(runner="command") == []
@@ -294,3 +295,83 @@ async def test_list_refuses_what_it_does_not_know(daemon: Daemon) -> None:
 def test_every_waiting_state_counts_against_a_queues_limit() -> None:
     assert "'scheduled'" in submit._COUNT_WAITING
     assert "'running'" not in submit._COUNT_WAITING
+
+
+async def test_a_list_of_a_queue_that_is_nowhere_is_an_error_that_names_the_queues(daemon: Daemon) -> None:
+    daemon.box.apply(Settings(queues={"old": Queue(), "idle": Queue()}))
+    await daemon.submit(id="a", queue="old")
+    daemon.box.apply(Settings(queues={"idle": Queue()}))
+    answer = await daemon.fails("GET", "/v1/tasks?queue=nope", 404, "no_such_queue")
+    assert "default, idle" in answer["message"]
+    assert (await daemon.get("/v1/tasks", queue="idle"))["tasks"] == []
+    assert [task["id"] for task in (await daemon.get("/v1/tasks", queue="old,default"))["tasks"]] == ["a"]
+
+
+async def test_a_refused_task_says_to_who_waits_for_it_whose_claim_it_has_met(daemon: Daemon) -> None:
+    await daemon.submit(id="one", writes_to=["/srv/repo"])
+    body = {"task": "demo", "prompt": "true", "id": "two", "writes_to": ["/srv/repo/src"]}
+    answer = await daemon.post("/v1/tasks?spooled=k1", body)
+    assert answer["result"] == "refused"
+    end = await daemon.get("/v1/tasks/two/wait")
+    assert (end["result"], end["reason"]) == ("refused", "write_conflict")
+    assert "one" in end["detail"]
+    assert end["conflicts"] == [{"task_id": "one", "task": "demo", "path": "/srv/repo"}]
+
+
+async def test_hold_and_release_say_what_the_task_does_and_what_to_do_instead(daemon: Daemon) -> None:
+    async def told(verb: str, task_id: str) -> str:
+        answer = await daemon.fails("POST", f"/v1/tasks/{task_id}/{verb}", 409, "illegal_transition")
+        assert answer["message"].startswith(f"task {task_id} ")
+        assert "nothing was changed" in answer["message"]
+        assert "hold_requested" not in answer["message"]
+        return str(answer["message"])
+
+    await daemon.submit(id="later", not_before="2099-01-01T00:00:00Z")
+    await daemon.submit(id="kept")
+    await daemon.post("/v1/tasks/kept/hold")
+    await daemon.submit(id="done")
+    await daemon.post("/v1/tasks/done/cancel")
+    daemon.connect_supervisor()
+    await daemon.submit(id="busy")
+    for verb in ("hold", "release"):
+        assert "is running (attempt 1); wait for its end, or agentqctl cancel busy" in await told(
+            verb, "busy"
+        )
+        assert "has finished (cancelled); agentqctl retry done runs it again" in await told(verb, "done")
+    assert "is held; agentqctl release kept" in await told("hold", "kept")
+    assert "its start time lies ahead; agentqctl show later" in await told("release", "later")
+
+
+async def test_retry_of_a_task_that_waits_points_to_why_it_waits(daemon: Daemon) -> None:
+    async def told(task_id: str) -> str:
+        answer = await daemon.fails("POST", f"/v1/tasks/{task_id}/retry", 409, "illegal_transition")
+        return str(answer["message"])
+
+    await daemon.post("/v1/tasks", {"task": "x", "id": "late", "prompt_ref": "later"})
+    blocked = await told("late")
+    assert "(prompt_missing)" in blocked
+    assert "None" not in blocked
+    await daemon.run_to_end(id="old")
+    daemon.disconnect_supervisor()
+    await daemon.post("/v1/tasks/old/retry")
+    await daemon.submit(id="new")
+    assert "has not run yet" in await told("new")
+    for told_of in (await told("old"), await told("new")):
+        assert "says why it waits" in told_of
+        assert "as soon as it can" not in told_of
+    assert "has not run yet" not in await told("old")
+
+
+async def test_show_tells_what_was_declared_but_no_prompt_and_no_env(daemon: Daemon) -> None:
+    await daemon.submit(id="one", not_before="2099-01-01T00:00:00Z")
+    await daemon.submit(
+        id="two", prompt="say nothing", env={"TOKEN": "s3cret"}, writes_to=["/srv/a"], after="one", after_policy="any",
+        not_before="2099-01-01T00:00:00Z", expires_at="2099-01-02T00:00:00Z",
+    )  # fmt: skip
+    shown = await daemon.get("/v1/tasks/two")
+    assert shown["declared"] == {
+        "writes_to": ["/srv/a"], "after": ["one"], "after_policy": "any",
+        "not_before": "2099-01-01T00:00:00Z", "expires_at": "2099-01-02T00:00:00Z",
+    }  # fmt: skip
+    assert "s3cret" not in str(shown)
+    assert "say nothing" not in str(shown)

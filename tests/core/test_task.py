@@ -324,3 +324,25 @@ def test_a_derived_id_is_a_stable_valid_id(parts: list[bytes]) -> None:
 def test_limits_are_what_the_messages_say() -> None:
     assert str(limits.MAX_ATTEMPTS_MAX) in _wrong(max_attempts=10**6).message
     assert str(limits.AFTER_MAX) in _wrong(after=["x"] * (limits.AFTER_MAX + 1)).message
+
+
+@pytest.mark.parametrize(
+    ("field", "written", "told"),
+    [
+        ("on_conflict", "wait", "it is one of queue, refuse, warn"),
+        ("on_lost", "requeu", "it is one of fail, hold, requeue; did you mean requeue?"),
+        ("after_policy", "sometimes", "it is one of"),
+        ("writes_to", "a", "writes_to: expected a list, got a text"),
+    ],
+)
+def test_a_value_that_is_none_of_the_known_is_told_in_plain_words(
+    field: str, written: str, told: str
+) -> None:
+    message = _wrong(**{field: written}).message
+    assert told in message
+    assert "`" not in message
+    assert "enum" not in message
+
+
+def test_a_word_that_resembles_no_known_one_gets_no_wrong_advice() -> None:
+    assert "did you mean" not in _wrong(on_conflict="wait").message
