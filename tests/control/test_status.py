@@ -293,7 +293,7 @@ async def test_doctor_sees_no_damage_in_a_journal_with_dependencies(daemon: Daem
     (pages,) = [
         each for each in (await daemon.get("/v1/doctor"))["checks"] if each["name"] == "journal pages"
     ]
-    assert (pages["ok"], pages["text"]) == (True, "whole")
+    assert (pages["ok"], pages["message"]) == (True, "whole")
 
 
 async def test_doctor_finds_what_is_wrong_and_says_how_to_mend_it(daemon: Daemon) -> None:
