@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -470,3 +471,23 @@ async def test_a_row_that_is_sent_again_keeps_every_try_and_answer_from_before(
         await until_states(bench, delivered=1)
         tries = await bench.rows("SELECT n, outcome, reason FROM tries ORDER BY n")
         assert tries == [(1, "deferred", "later"), (2, "delivered", "250 queued"), (3, "rejected", "550 no"), (4, "delivered", None)]  # fmt: skip
+
+
+# Secrets that lie open.
+
+
+async def test_a_secret_file_that_everybody_may_read_is_told_once(
+    bench: Bench, plugs: Plugs, tmp_path: Path
+) -> None:
+    for name, mode in (("open", 0o644), ("closed", 0o640)):
+        (tmp_path / name).write_text("whsec_x")
+        (tmp_path / name).chmod(mode)
+    files = [str(tmp_path / "open"), str(tmp_path / "closed")]
+    apply(bench, s=Sink(type="webhook", url="http://127.0.0.1:9/", secret_file=files), other=PLAIN)
+    for _ in range(2):
+        async with delivering(bench) as loop:
+            await bench.until(lambda: loop.runners["s"].is_open)
+            await bench.do(lambda tx: None)
+    (told,) = await bench.alerts("secret_file")
+    assert f"{tmp_path}/open is open to every user" in told["message"]
+    assert "whsec" not in told["message"]
