@@ -54,10 +54,14 @@ class DeliveryLoop:
 
     def _enable(self, tx: Transaction, sent_again: list[str]) -> None:
         """A person who has rows of a sink that its receiver has disabled sent again enables it, and all that is held because of
-        that goes on: nobody would release the others. (What a person has disabled, `sink enable` alone does.)"""
+        that goes on: nobody would release the others. (What a person has disabled, `sink enable` alone does. A `no` that is
+        not in the journal yet stands: rows that are released just then were held because of an earlier one.)"""
         for name in sent_again:
             runner = self.runners.get(name)
-            if runner is not None and runner.disabled_by_receiver and not sinkmemory.load_word(tx, name).off:
+            if runner is None or not runner.disabled_by_receiver:
+                continue
+            kept = sinkmemory.load_all(tx, name)
+            if kept.memory.disabled is not None and not kept.word.off:
                 sinkmemory.save(tx, name, SinkMemory())
                 sinkmemory.save_word(tx, name, Word(releasing=True))
                 tx.event(None, "sink_enabled", sink=name)

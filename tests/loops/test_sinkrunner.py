@@ -412,6 +412,19 @@ async def test_a_sink_that_was_enabled_just_now_has_no_rows_held(bench: Bench, p
     assert await bench.do(lambda tx: parking.hold_open(tx, "s", frozenset())) == 1
 
 
+async def test_a_release_does_not_take_back_a_no_that_is_not_in_the_journal_yet(bench: Bench, plug: Script) -> None:  # fmt: skip
+    """Rows are released some hundred a commit; the receiver may say no again in between."""
+    await _put(bench, "d1")
+    await bench.do(lambda tx: outbox.change_row(tx, 1, "s", RowEvent.HELD, due_at=None))
+    loop, task = await _loop(bench, plug)
+    runner = loop.runners["s"]
+    await bench.until(lambda: runner.is_open)
+    runner.gate.disabled = "410 Gone"
+    await bench.do(lambda tx: outbox.change_row(tx, 1, "s", RowEvent.RELEASED, due_at=tx.now_us))
+    assert runner.disabled_by_receiver
+    await _end(task)
+
+
 async def test_what_was_under_way_when_the_sink_was_disabled_is_held_too(bench: Bench, plug: Script) -> None:
     _, task = await _loop(bench, plug)
     plug.gate.clear()

@@ -21,9 +21,9 @@ SINCE = "Entries made since then: RFC 3339, or how long ago (2h)."
 UNTIL = "Entries made before then."
 LIST_COLUMNS = (*OUTBOX_COLUMNS[:1], Column("TASK", flex=True), *OUTBOX_COLUMNS[1:])
 MORE_OF = {
-    "retry": " --state retryable: what waits for its next try. ALL leaves alone what cannot be sent as it is (not_allowed,"
-    " no_such_sink, malformed, incomplete, too_large); its ids do not. Ids leave alone what is delivered, unless all of that"
-    " entry is, or --sink or --state says otherwise."
+    "retry": " With --state retryable: what waits for its next try, now. ALL leaves alone what cannot be sent as it is"
+    " (not_allowed, no_such_sink, malformed, incomplete, too_large): that goes by its id only. By an id, what is delivered is"
+    " sent again only if all of that entry is, or if --sink or --state says so."
 }
 
 command = Family(
