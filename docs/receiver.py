@@ -40,8 +40,10 @@ def is_signed(body: bytes, entry_id: str, timestamp: str, signatures: str) -> bo
         if name == "v1"
     ]
     good = False
-    with open(SECRET_FILE, encoding="ascii") as file:
-        for line in filter(None, map(str.strip, file)):
+    with open(SECRET_FILE, encoding="utf-8") as file:
+        for line in map(str.strip, file):
+            if not line.startswith("whsec_"):  # blank, or a comment
+                continue
             key = base64.b64decode(line.removeprefix("whsec_"))
             made = hmac.new(key, f"{entry_id}.{timestamp}.".encode() + body, hashlib.sha256).digest()
             for one in given:

@@ -13,6 +13,7 @@ from agentqd.core.resolve import ALWAYS_RUNNERS
 from agentqd.core.routing import COMPLETIONS
 from agentqd.core.runners import PLACEHOLDERS, PRESETS, RunnerSpec, runner_spec
 from agentqd.core.settings import Defaults, Match, Queue, Runner, Settings
+from agentqd.core.sink_places import check_places
 from agentqd.core.sink_rules import check_sink
 from agentqd.core.task import ENV_NAME, SIGNALS
 
@@ -53,6 +54,7 @@ def _check_all(settings: Settings) -> Iterator[Problem]:
     for name, sink in settings.sinks.items():
         yield from _check_name(("sinks", name), name)
         yield from check_sink(name, sink)
+    yield from check_places(settings)
     for n, route in enumerate(settings.routes):
         yield from _known(settings, ("routes", n, "deliver_to"), route.deliver_to)
     yield from _known(settings, ("alerts", "deliver_to"), settings.alerts.deliver_to)

@@ -83,6 +83,7 @@ RETRY_AFTER_MAX_S = 86400.0
 PROGRESS_BYTES_MAX = 16 * KIB  # what a sink keeps with a row between tries
 CONCURRENCY_START = 5  # to one destination
 CONCURRENCY_MAX = 20
+SINK_CONCURRENCY_MAX = 1000  # what a config may ask for
 FRESH_ROWS_MAX = 2000  # new rows kept in memory a sink; beyond them they are read back from the journal
 FRESH_BYTES_MAX = 16 * MIB
 PAGE_ROWS = 256  # due rows read from the journal at once (a sink that takes batches: one batch)

@@ -9,6 +9,7 @@ from typing import Final
 import msgspec
 
 from agentqd.core.config_problem import Problem, at_least_one, nearest
+from agentqd.core.limits import SINK_CONCURRENCY_MAX
 from agentqd.core.mailaddress import address, named_address, pattern
 from agentqd.core.routing import COMPLETIONS, REJECTED
 from agentqd.core.settings import SINK_TYPES, Sink
@@ -73,8 +74,37 @@ def check_sink(name: str, sink: Sink) -> Iterator[Problem]:
         yield Problem(
             (*key, field), f"a sink of type {sink.type} has no {field} (that is for {', '.join(types)})"
         )
-    yield from at_least_one((*key, "concurrency"), sink.concurrency)
+    yield from _check_pace(key, sink)
     yield from _OF_TYPE.get(sink.type, _check_nothing)(key, sink)
+
+
+def fields_of(type_: object) -> frozenset[str]:
+    """The options that a sink of this type may have; empty for a type that there is not."""
+    needed, allowed = _KEYS.get(type_, (None, None)) if isinstance(type_, str) else (None, None)
+    return frozenset() if needed is None or allowed is None else needed | allowed | _COMMON
+
+
+def _check_pace(key: Key, sink: Sink) -> Iterator[Problem]:
+    """What every type has: times, and how many at once."""
+    yield from at_least_one((*key, "concurrency"), sink.concurrency)
+    if sink.concurrency is not None and sink.concurrency > SINK_CONCURRENCY_MAX:
+        yield Problem((*key, "concurrency"), f"is at most {SINK_CONCURRENCY_MAX}")
+    if sink.ordered and sink.concurrency is not None and sink.concurrency > 1:
+        yield Problem(
+            (*key, "concurrency"),
+            f"{sink.concurrency}, but ordered: true sends one at a time; leave one of the two out",
+        )
+    for name in ("timeout", "lifetime", "backoff_max"):
+        value = getattr(sink, name)
+        if value is not None and value <= 0:
+            yield Problem((*key, name), "must be more than zero; leave it out for the default")
+    if sink.backoff is not None and sink.backoff_max is not None:
+        longest = max(sink.backoff.steps_s)
+        if longest > sink.backoff_max > 0:
+            yield Problem(
+                (*key, "backoff_max"),
+                f"{sink.backoff_max:g}s is less than backoff ({longest:g}s), which it would cut short",
+            )
 
 
 def secret_place(key: Key, path: str | None) -> Iterator[Problem]:

@@ -83,12 +83,16 @@ class TaskRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     on_conflict: Conflict | None = None
     intent_ttl: Duration | None = None
     expect: Expect | None = None
-    deliver_to: list[str] | None = None
+    deliver_to: list[str] | str | None = None
     deliver_within: Duration | None = None
     dedup_ttl: Duration | None = None
 
     def after_list(self) -> list[str]:
         return [self.after] if isinstance(self.after, str) else list(self.after or ())
+
+    def own_sinks(self) -> list[str] | None:
+        """The sinks that it names; None: it says nothing."""
+        return [self.deliver_to] if isinstance(self.deliver_to, str) else self.deliver_to
 
 
 FIELD_NAMES: Final = tuple(TaskRequest.__struct_fields__)
@@ -270,7 +274,7 @@ def _check_lists(task: TaskRequest) -> None:
         ("labels", task.labels, limits.LABELS_MAX),
         ("after", task.after_list(), limits.AFTER_MAX),
         ("writes_to", task.writes_to, limits.WRITES_TO_MAX),
-        ("deliver_to", task.deliver_to, limits.DELIVER_TO_MAX),
+        ("deliver_to", task.own_sinks(), limits.DELIVER_TO_MAX),
     )
     for field, items, most in bounded:
         if items is not None and len(items) > most:
@@ -298,6 +302,8 @@ def content_digest(task: TaskRequest, prompt_sha256: str | None) -> bytes:
     fields = msgspec.to_builtins(task, enc_hook=encode_unit)
     for name in ("id", "submitted_at", "prompt_ref"):
         fields.pop(name, None)
+    if isinstance(task.deliver_to, str):
+        fields["deliver_to"] = [task.deliver_to]
     if "timeout" in fields:
         fields["run_timeout"] = fields.pop("timeout")
     prompt = fields.pop("prompt", None)

@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = Options(folders, config, needed, stop_workers=arguments.stop_workers)
         return asyncio.run(serve(options))
     except ConfigError as error:
-        sys.stderr.write(f"agentqd: {error.message}\n")
+        told = error.message.replace(f"; {config}:", f"\n{config}:")  # one problem a line
+        sys.stderr.write(f"agentqd: {told}\n")
         return EX_CONFIG
     except AgentqError as error:
         sys.stderr.write(f"agentqd: {error.message}\n")

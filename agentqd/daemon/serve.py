@@ -82,7 +82,7 @@ class _Daemon:
 async def serve(options: Options) -> int:
     """Until a signal. Raises ConfigError, StateFolderError, SchemaTooNew."""
     path = options.config if options.config_needed or os.path.exists(options.config) else None
-    loaded = load_settings(path)
+    loaded = load_settings(path, options.folders.state)
     log = make_log(loaded.settings.log)
     gid = group_id(loaded.settings.control.group)
     make_ready(options.folders, gid)

@@ -17,6 +17,7 @@ import msgspec
 from agentqd.core.limits import DELIVER_TO_MAX, SINK_ERROR_CHARS_MAX, UNKNOWN_SINKS_MAX
 from agentqd.core.resolve import resolve
 from agentqd.core.routing import REJECTED, Subject, forbidden, known_sink, sinks_for
+from agentqd.core.selfaddress import misspelt
 from agentqd.core.task import TaskRequest
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
@@ -40,6 +41,9 @@ class Address(msgspec.Struct, frozen=True):
 
 def names_problem(fields: Mapping[str, Any]) -> str | None:
     """Why an entry's `deliver_to` cannot be read at all, or None."""
+    mistyped = misspelt(fields)
+    if mistyped is not None:
+        return f"malformed: {mistyped[:60]!r} is no field of an entry; did you mean deliver_to?"
     wanted = fields.get("deliver_to")
     names = [wanted] if isinstance(wanted, str) else wanted
     if names is None:
@@ -68,7 +72,7 @@ def address_of(
     subject = Subject(ENTRY_TYPE, task.queue, task.runner, "", tuple(request.labels or ()))
     if own is None:
         defaults = resolve(request, task.queue, task.runner, settings).deliver_to
-        return Address(sinks_for(settings, subject, request.deliver_to, defaults))
+        return Address(sinks_for(settings, subject, request.own_sinks(), defaults))
     unknown = [name for name in dict.fromkeys(own) if not known_sink(settings, name)]
     kept = _kept_names(tx, unknown) if unknown else set()
     refused = {name: NO_SUCH_SINK for name in unknown if name in kept}

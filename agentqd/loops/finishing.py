@@ -368,7 +368,7 @@ def add_result(tx: Transaction, box: Box, task: TaskRow, request: TaskRequest, d
             type=type_,
             payload=seal(entry_id, type_, box.name, task.id, tx.now_us, data),
             task_id=task.id,
-            sinks=sinks_for(box.settings, subject, request.deliver_to, resolved.deliver_to),
+            sinks=sinks_for(box.settings, subject, request.own_sinks(), resolved.deliver_to),
         ),
     )
     tx.later(lambda: log_end(box, task, data))

@@ -146,14 +146,14 @@ def _default_clocks(settings: Settings) -> bool:
 
 
 def _check_names(request: TaskRequest, where: Placement, settings: Settings) -> None:
-    for name in request.deliver_to or ():
+    for name in request.own_sinks() or ():
         if not known_sink(settings, name):
             raise InvalidTask(
                 f"deliver_to: there is no sink {name[:64]!r}; there is {', '.join(sorted({'completions', *settings.sinks}))}",
                 code="unknown_sink",
                 field="deliver_to",
             )
-    for problem in forbidden(settings, where.queue, where.runner, request.deliver_to or ()):
+    for problem in forbidden(settings, where.queue, where.runner, request.own_sinks() or ()):
         raise InvalidTask(
             f"deliver_to: {problem}",
             code="sink_not_allowed",

@@ -87,7 +87,7 @@ class Reload:
             raise ConfigError(
                 f"{self.path}: the config file is gone; the settings stay as they were", problems=[]
             )
-        return load_settings(self.path if self._seen else None)
+        return load_settings(self.path if self._seen else None, self.box.folders.state)
 
     async def _apply(self, settings: Settings) -> None:
         self.applied_at = self.box.clock.now_us()

@@ -35,6 +35,7 @@ from agentqd.loops.recording import Answered, Recorder
 from agentqd.loops.sending import Unfit, send
 from agentqd.loops.sinkmemory import Kept, SinkMemory, Word
 from agentqd.sinks.base import Context, Deferred, Delivered, Disabled, Exec, Outcome, Sink
+from agentqd.sinks.reason import bounded, explained
 from agentqd.sinks.registry import make_sink, schedule_for
 from agentqd.storage import outbox
 from agentqd.storage.outbox import DueRow, Mark
@@ -221,8 +222,8 @@ class SinkRunner:
             try:
                 found = await self.plug.open(position)
             except OSError as error:
-                self.last_error = str(error)
-                self.box.log.error("sink_open_failed", sink=self.name, error=str(error))
+                self.last_error = bounded(explained(error))
+                self.box.log.error("sink_open_failed", sink=self.name, error=self.last_error)
                 if self.gate.why_disabled is not None:
                     await self._do_chores()
                 await asyncio.sleep(_OPEN_RETRY_S[min(failures, len(_OPEN_RETRY_S) - 1)])

@@ -119,6 +119,8 @@ class HttpPost:
         self._where = url.where
         self._answer_s = answer_s
         self._at_once = at_once
+        self._in_all = aiohttp.ClientTimeout(total=answer_s, connect=CONNECT_S)
+        self._to_connect = aiohttp.ClientTimeout(total=None, connect=CONNECT_S)
         self._session: aiohttp.ClientSession | None = None
 
     async def post(self, headers: Mapping[str, str], body: bytes | Pieces) -> Answer:
@@ -127,8 +129,10 @@ class HttpPost:
             this = _Try(0 if isinstance(body, bytes) else body.length)
             _TRY.set(this)
             try:
+                if isinstance(body, bytes):
+                    return await self._exchange(this, headers, body, self._in_all)
                 async with asyncio.timeout(self._answer_s) as this.deadline:
-                    return await self._exchange(this, headers, body)
+                    return await self._exchange(this, headers, self._in_pieces(this, body), self._to_connect)
             except (aiohttp.ClientError, TimeoutError) as error:
                 if this.flaw is not None:
                     raise this.flaw from None
@@ -143,10 +147,17 @@ class HttpPost:
             await session.close()
             await asyncio.sleep(0)  # the transports close their sockets at the loop's next turn
 
-    async def _exchange(self, this: _Try, headers: Mapping[str, str], body: bytes | Pieces) -> Answer:
-        data = body if isinstance(body, bytes) else self._in_pieces(this, body)
-        session = await self._opened()
-        async with session.post(self._url, data=data, headers=headers, allow_redirects=False) as response:
+    async def _exchange(
+        self,
+        this: _Try,
+        headers: Mapping[str, str],
+        data: bytes | AsyncGenerator[bytes, None],
+        within: aiohttp.ClientTimeout,
+    ) -> Answer:
+        session = self._session or await self._opened()
+        async with session.post(
+            self._url, data=data, headers=headers, allow_redirects=False, timeout=within
+        ) as response:
             this.status = response.status
             answer = Answer(response.status, response.headers.get("Retry-After"))
             if not 200 <= response.status < 300:
@@ -183,7 +194,6 @@ class HttpPost:
             tls = await asyncio.to_thread(ssl.create_default_context) if self._url.scheme == "https" else True
             self._session = self._session or aiohttp.ClientSession(
                 connector=_Connector(limit=self._at_once, keepalive_timeout=KEEP_S, ssl=tls),
-                timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_S),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 skip_auto_headers=("Accept-Encoding",),

@@ -129,6 +129,9 @@ def _addressed(
     to, cc, bcc = (_addresses(fields, name) for name in ("to", "cc", "bcc"))
     reply_to = _addresses(fields, "reply_to")
     if not (to or cc or bcc):
+        empty = next((name for name in ("to", "cc", "bcc") if fields.get(name) is not None), None)
+        if empty is not None:
+            raise Unsendable(f"malformed: {empty} names nobody; leave it out for the sink's own `to`")
         to = rules.to
         if not to:
             raise Unsendable("nobody to send it to: neither the entry nor the sink has a `to`")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
-from agentqd.sinks.reason import bounded
+from agentqd.sinks.reason import bounded, explained
 
 if TYPE_CHECKING:
     from aiosmtplib import SMTP
@@ -147,7 +147,7 @@ async def _log_in(smtp: SMTP, server: Server, context: ssl.SSLContext | None) ->
         if isinstance(cause, ssl.SSLError):
             about = f"TLS with {where} failed, nothing was sent: {cause}"
         raise Trouble(
-            bounded(f"{where}: {cause}"), connection=True, about=about and bounded(about)
+            bounded(f"{where}: {explained(cause)}"), connection=True, about=about and bounded(about)
         ) from problem
 
 

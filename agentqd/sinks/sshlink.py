@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from agentqd.core.limits import MIB
 from agentqd.core.settings import Sink as SinkSettings
+from agentqd.sinks.reason import explained
 
 if TYPE_CHECKING:
     from asyncssh import SFTPClient, SSHClientConnection, SSHKnownHosts
@@ -173,7 +174,7 @@ class SshLink:
         except ssh.ChannelOpenError as problem:
             raise Unreachable(f"{self.where} opens no SFTP session: {problem.reason}") from None
         except (OSError, ssh.Error, ValueError) as problem:
-            raise Unreachable(f"{self.where} cannot be reached: {_said(problem)}") from None
+            raise Unreachable(f"{self.where} cannot be reached: {explained(problem)}") from None
         finally:  # a login that was cancelled or refused leaves no socket
             if seen.connection is not None and seen.connection is not self._connection:
                 seen.connection.abort()
@@ -284,7 +285,3 @@ def _asyncssh() -> Any:
 def _open_nonblocking(path: str, flags: int) -> int:
     """A FIFO in the key's place must not hang the thread."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
-
-
-def _said(problem: BaseException) -> str:
-    return str(problem) or type(problem).__name__

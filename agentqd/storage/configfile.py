@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
+import os.path
 import re
-from collections.abc import Iterator
 from typing import Any, Final
 
 import msgspec
@@ -14,7 +13,9 @@ import yaml
 from agentqd.core.config_rules import check_settings
 from agentqd.core.errors import ConfigError
 from agentqd.core.settings import Settings
+from agentqd.core.sink_places import in_state
 from agentqd.core.units import decode_unit
+from agentqd.storage.configtexts import msgspec_problem, unknown_keys
 from agentqd.storage.envfile import read_regular_file, why_unreadable
 
 BYTES_MAX: Final = 1024 * 1024
@@ -48,12 +49,15 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_settings(path: str | None) -> Loaded:
-    """The settings of the file, or the defaults without one. Raises ConfigError with all its problems."""
+def load_settings(path: str | None, state: str | None = None) -> Loaded:
+    """The settings of the file, or the defaults without one. Raises ConfigError with all its problems.
+
+    `state` is the daemon's state folder, where it is known: no file sink may write into it.
+    """
     if path is None:
         return Loaded(Settings(), None)
     raw = _read(path)
-    document = _Document(path, raw)
+    document = _Document(path, raw, state)
     settings = document.settings()
     return Loaded(settings, path, hashlib.sha256(raw).hexdigest())
 
@@ -71,14 +75,15 @@ def _error(path: str, problems: list[tuple[int | None, str, str]]) -> ConfigErro
         where = f"{path}:{line}" if line is not None else path
         lines.append(f"{where}: {key}: {message}" if key else f"{where}: {message}")
     listed = [{"path": path, "line": line, "key": key, "message": message} for line, key, message in problems]
-    return ConfigError("\n".join(lines), problems=listed)
+    return ConfigError("; ".join(lines), problems=listed)
 
 
 class _Document:
     """One file, read: values with the line of each key."""
 
-    def __init__(self, path: str, raw: bytes) -> None:
+    def __init__(self, path: str, raw: bytes, state: str | None) -> None:
         self.path = path
+        self.state = state
         self.lines: dict[Key, int] = {}
         self.problems: list[tuple[int | None, str, str]] = []
         self._nodes = 0
@@ -94,7 +99,7 @@ class _Document:
     def settings(self) -> Settings:
         value = self._value()
         if not self.problems:
-            for key, message in list(_unknown_keys(value, Settings, ())):
+            for key, message in list(unknown_keys(value, Settings, ())):
                 self._add(key, message)
                 _prune(value, key)
         settings = self._convert(value)
@@ -173,13 +178,16 @@ class _Document:
                 settings = msgspec.convert(value, Settings, dec_hook=_decode_unit, str_keys=True)
             except (msgspec.ValidationError, ValueError) as error:
                 # msgspec tells the first only: tell it, take the value out, look again.
-                key, message = _msgspec_problem(str(error), value)
+                key, message = msgspec_problem(str(error), value)
                 self._add(key, message)
                 if not key or not _prune(value, key):
                     return Settings()
                 continue
             if not self.problems:  # with values taken out, rules between options would blame the wrong ones
-                for problem in check_settings(settings):
+                problems = check_settings(settings)
+                if self.state is not None:
+                    problems += in_state(settings, self.state, os.path.realpath)
+                for problem in problems:
                     self._add(problem.key, problem.message)
             return settings
         return Settings()
@@ -240,69 +248,3 @@ def _dotted(key: Key) -> str:
     for part in key:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text
-
-
-def _unknown_keys(value: Any, wanted: Any, key: Key) -> Iterator[tuple[Key, str]]:
-    """Every unknown key at every level, with the nearest known name."""
-    kind = msgspec.inspect.type_info(wanted) if not isinstance(wanted, msgspec.inspect.Type) else wanted
-    if isinstance(kind, msgspec.inspect.UnionType):
-        for part in kind.types:
-            if isinstance(
-                part, (msgspec.inspect.StructType, msgspec.inspect.DictType, msgspec.inspect.ListType)
-            ):
-                yield from _unknown_keys(value, part, key)
-    elif isinstance(kind, msgspec.inspect.StructType) and isinstance(value, dict):
-        fields = {field.encode_name: field.type for field in kind.fields}
-        for name, item in value.items():
-            if name in fields:
-                yield from _unknown_keys(item, fields[name], (*key, name))
-            else:
-                near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(fields)}"
-                yield (*key, name), f"unknown option; {hint}"
-    elif isinstance(kind, msgspec.inspect.DictType) and isinstance(value, dict):
-        for name, item in value.items():
-            yield from _unknown_keys(item, kind.value_type, (*key, name))
-    elif isinstance(kind, msgspec.inspect.ListType) and isinstance(value, list):
-        for n, item in enumerate(value):
-            yield from _unknown_keys(item, kind.item_type, (*key, n))
-
-
-def _msgspec_problem(text: str, value: Any) -> tuple[Key, str]:
-    """msgspec's message with its path turned into ours (`$.queues[...].concurrency` names no key of a mapping)."""
-    message, _, where = text.partition(" - at `")
-    path = where.rstrip("`").lstrip("$")
-    key: list[str | int] = []
-    candidates: list[tuple[list[str | int], Any]] = [(key, value)]
-    for name, index in re.findall(r"\.([A-Za-z_]+)|\[([^\]]*)\]", path):
-        following: list[tuple[list[str | int], Any]] = []
-        for so_far, item in candidates:
-            if name and isinstance(item, dict) and name in item:
-                following.append(([*so_far, name], item[name]))
-            elif index == "..." and isinstance(item, dict):
-                following += [([*so_far, each], inner) for each, inner in item.items()]
-            elif index.isdigit() and isinstance(item, list) and int(index) < len(item):
-                following.append(([*so_far, int(index)], item[int(index)]))
-        candidates = following or candidates
-    wrong = next((so_far for so_far, item in candidates if not _fits(item, message)), candidates[0][0])
-    return tuple(wrong), f"{message[:1].lower()}{message[1:]}"
-
-
-def _fits(item: Any, message: str) -> bool:
-    """Could this value have caused another message than `message`? Narrows `[...]` down to one of a mapping's values."""
-    got = re.search(r"got `([a-z]+)`", message)
-    if got is not None:
-        names = {
-            "str": "str",
-            "int": "int",
-            "float": "float",
-            "bool": "bool",
-            "NoneType": "null",
-            "list": "array",
-            "dict": "object",
-        }
-        return names.get(type(item).__name__) != got[1]
-    missing = re.search(r"missing required field `([^`]+)`", message)
-    if missing is not None:
-        return isinstance(item, dict) and missing[1] in item
-    return isinstance(item, str) and repr(item) not in message and item not in message

@@ -147,6 +147,53 @@ def test_a_path_with_a_nul_is_an_error_like_any_other() -> None:
         load_settings("/etc/agentqd\x00.yaml")
 
 
+def test_several_problems_are_one_line_of_an_alert_or_of_status(tmp_path: Path) -> None:
+    (tmp_path / "agentqd.yaml").write_text("max_workerz: 1\nlogg: {}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_settings(str(tmp_path / "agentqd.yaml"))
+    assert "\n" not in caught.value.message
+    assert f"; {tmp_path}/agentqd.yaml:2: logg: " in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "said"),
+    [
+        ("tls: ssl", "tls", "there is no tls 'ssl'; it is one of none, starttls, tls"),
+        ("mode: files", "mode", "there is no mode 'files'; it is one of append, file; did you mean file?"),
+        ("mode: 'it''s'", "mode", "it is one of append, file"),
+        ("allow_to: me", "allow_to", "expected a list, got a text"),
+        ("to: 5", "to", "got a whole number"),
+        ("port: [25]", "port", "expected a whole number, got a list"),
+    ],
+)
+def test_a_value_of_a_wrong_kind_is_told_in_plain_words(
+    tmp_path: Path, option: str, key: str, said: str
+) -> None:
+    text = f"sinks:\n  s:\n    type: email\n    host: h\n    from: a@example.org\n    {option}\n"
+    [(line, found, message)] = _problems(tmp_path, text)
+    assert (line, found) == (6, f"sinks.s.{key}")
+    assert said in message
+    assert "`" not in message
+
+
+def test_the_nearest_option_of_a_sink_is_one_that_its_type_has(tmp_path: Path) -> None:
+    text = "sinks:\n  s:\n    type: notify\n    urls_file: /x\n    urls: []\n"
+    [(line, key, message)] = _problems(tmp_path, text)
+    assert (line, key) == (5, "sinks.s.urls")
+    assert "did you mean urls_file?" in message
+
+
+def test_a_file_sink_in_the_state_folder_is_refused_where_that_is_known(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "state")
+    file = tmp_path / "agentqd.yaml"
+    file.write_text(f"sinks:\n  s:\n    type: file\n    path: {tmp_path}/link/completions.jsonl\n")
+    load_settings(str(file))
+    with pytest.raises(ConfigError, match="state folder") as caught:
+        load_settings(str(file), str(tmp_path / "state"))
+    assert [each["line"] for each in caught.value.fields["problems"]] == [4]
+
+
 _words = strategies.sampled_from(
     ["queues", "sinks", "runners", "defaults", "log", "level", "type", "run_timeout", "a", "on", "1:30", "0660", "~", "*x",
      "&x", "!!int", "<<", "-", "?", ":", "{", "}", "[", "]", "\n", "\n  ", "\n    ", " ", "\t", ": ", "- ", '"', "'", "#", "\\U"]

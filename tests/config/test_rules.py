@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from agentqd.core.config_rules import check_settings, effective_queue, effective_runner
@@ -18,7 +20,8 @@ from agentqd.core.settings import (
     Settings,
     Sink,
 )  # fmt: skip
-from agentqd.core.units import Duration, Size
+from agentqd.core.sink_places import in_state
+from agentqd.core.units import Backoff, Duration, Size
 
 
 def test_the_defaults_break_no_rule() -> None:
@@ -49,9 +52,18 @@ def test_a_runner_may_have_its_own_texts_for_a_usage_limit_or_none() -> None:
         (Settings(defaults=Defaults(deliver_to=["nope"])), ("defaults", "deliver_to")),
         (Settings(alerts=Alerts(deliver_to=["nope"])), ("alerts", "deliver_to")),
         (Settings(routes=[Route(deliver_to=["nope"])]), ("routes", 0, "deliver_to")),
-        (Settings(routes=[Route(match=Match(queue="nope"))]), ("routes", 0, "match", "queue")),
-        (Settings(routes=[Route(match=Match(result=["sucess"]))]), ("routes", 0, "match", "result")),
-        (Settings(routes=[Route(match=Match(type="agentq.task.entri"))]), ("routes", 0, "match", "type")),
+        (
+            Settings(routes=[Route(match=Match(queue="nope"), deliver_to=["completions"])]),
+            ("routes", 0, "match", "queue"),
+        ),
+        (
+            Settings(routes=[Route(match=Match(result=["sucess"]), deliver_to=["completions"])]),
+            ("routes", 0, "match", "result"),
+        ),
+        (
+            Settings(routes=[Route(match=Match(type="agentq.task.entri"), deliver_to=["completions"])]),
+            ("routes", 0, "match", "type"),
+        ),
         (
             Settings(queues={"a": Queue(allow_deliver_to=["nope", "no*"])}),
             ("queues", "a", "allow_deliver_to"),
@@ -139,7 +151,8 @@ def test_a_route_may_match_by_pattern() -> None:
                     Route(
                         match=Match(
                             queue="night*", result=["success", "fail*"], type=["agentq.alert.new", "*"]
-                        )
+                        ),
+                        deliver_to=["completions"],
                     )
                 ]
             )
@@ -154,3 +167,86 @@ def test_default_shell_and_command_are_always_there() -> None:
     assert effective_queue(settings, "nope") is None
     assert {effective_runner(settings, name) is None for name in ("shell", "command", "r")} == {False}
     assert effective_runner(settings, "claude") is None
+
+
+def _keys(settings: Settings) -> list[tuple[str | int, ...]]:
+    return [problem.key for problem in check_settings(settings)]
+
+
+def test_two_file_sinks_on_one_path_are_refused_and_both_are_named() -> None:
+    sinks = {"a": Sink(type="file", path="/x/y"), "b": Sink(type="file", path="/x/./y")}
+    [problem] = check_settings(Settings(sinks=sinks))
+    assert problem.key == ("sinks", "b", "path")
+    assert "the sink a" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [("/s/completions.jsonl", True), ("/s/../s/queue/tasks.jsonl", True), ("/s2/x", False), ("/x/s", False)],
+)
+def test_a_file_sink_in_the_state_folder_is_refused(path: str, wrong: bool) -> None:
+    settings = Settings(sinks={"a": Sink(type="file", path=path)})
+    assert [problem.key for problem in in_state(settings, "/s")] == [("sinks", "a", "path")] * wrong
+
+
+@pytest.mark.parametrize("route", [Route(), Route(match=Match(queue="default"), deliver_to=[])])
+def test_a_route_that_leads_nowhere_is_refused(route: Route) -> None:
+    assert _keys(Settings(routes=[route])) == [("routes", 0, "deliver_to")]
+
+
+@pytest.mark.parametrize("field", ["type", "queue", "runner", "result", "label"])
+def test_an_empty_list_in_a_match_is_refused(field: str) -> None:
+    route = Route(match=Match(**{field: []}), deliver_to=["completions"])
+    assert _keys(Settings(routes=[route])) == [("routes", 0, "match", field)]
+
+
+def _mail(**more: object) -> Settings:
+    sinks = {
+        "mail": Sink(type="email", host="h", from_="a@example.org"),
+        "mine": Sink(type="email", host="h", from_="a@example.org", to="b@example.org"),
+    }
+    return Settings(sinks=sinks, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sink", ["mail", "mine"])
+@pytest.mark.parametrize(
+    "leads",
+    [
+        ("alerts", lambda to: {"alerts": Alerts(deliver_to=to)}),
+        ("defaults", lambda to: {"defaults": Defaults(deliver_to=to)}),
+        ("queues", lambda to: {"queues": {"q": Queue(defaults=Defaults(deliver_to=to))}}),
+        ("runners", lambda to: {"runners": {"r": Runner(preset="claude", defaults=Defaults(deliver_to=to))}}),
+        ("routes", lambda to: {"routes": [Route(deliver_to=to)]}),
+        ("routes", lambda to: {"routes": [Route(match=Match(type="agentq.alert.*"), deliver_to=to)]}),
+        ("routes", lambda to: {"routes": [Route(match=Match(type="agentq.task.*"), deliver_to=to)]}),
+    ],
+)
+def test_what_names_nobody_leads_to_no_email_sink_without_to(leads: tuple[str, Any], sink: str) -> None:
+    part, more = leads
+    found = _keys(_mail(**more([sink])))
+    assert [key[0] for key in found] == ([part] if sink == "mail" else [])
+
+
+def test_a_route_of_entries_only_may_lead_to_an_email_sink_without_to() -> None:
+    route = Route(match=Match(type="agentq.task.entry"), deliver_to=["mail"])
+    assert _keys(_mail(routes=[route])) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "option"),
+    [
+        ({"lifetime": Duration(0)}, "lifetime"),
+        ({"timeout": Duration(0)}, "timeout"),
+        ({"ordered": True, "concurrency": 5}, "concurrency"),
+        ({"concurrency": 1_000_000}, "concurrency"),
+        ({"backoff": Backoff((60.0,), doubles=True), "backoff_max": Duration(5)}, "backoff_max"),
+    ],
+)
+def test_a_pace_that_cannot_be_meant_is_refused(more: dict[str, Any], option: str) -> None:
+    settings = Settings(sinks={"s": Sink(type="command", command=["x"], **more)})
+    assert _keys(settings) == [("sinks", "s", option)]
+
+
+def test_an_ordered_sink_may_say_that_it_sends_one_at_a_time() -> None:
+    sink = Sink(type="command", command=["x"], ordered=True, concurrency=1, backoff=Backoff((5.0,), doubles=True), backoff_max=Duration(5))  # fmt: skip
+    assert _keys(Settings(sinks={"s": sink})) == []

@@ -141,9 +141,14 @@ MISTAKES = [
         "routes[0].deliver_to",
         "did you mean completions",
     ),
-    ("routes:\n  - match: {result: sucess}", 2, "routes[0].match.result", "did you mean success"),
     (
-        "routes:\n  - match: {type: agentq.task.sucess}",
+        "routes:\n  - match: {result: sucess}\n    deliver_to: [completions]",
+        2,
+        "routes[0].match.result",
+        "did you mean success",
+    ),
+    (
+        "routes:\n  - match: {type: agentq.task.sucess}\n    deliver_to: [completions]",
         2,
         "routes[0].match.type",
         "did you mean agentq.task.success",
@@ -165,7 +170,7 @@ MISTAKES = [
     ("limits:\n  line_bytes_max: 99999999999TB", 2, "limits.line_bytes_max", "size"),
     ("control:\n  mode: 0777", 2, "control.mode", "0660"),
     ("log:\n  level: loud", 2, "log.level", "loud"),
-    ("max_workers: yes", 1, "max_workers", "int"),
+    ("max_workers: yes", 1, "max_workers", "a whole number"),
     ("alerts:\n  stalled_loop: 1s", 2, "alerts.stalled_loop", "60s"),
 ]
 

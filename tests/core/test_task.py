@@ -73,6 +73,7 @@ RIGHT: list[tuple[str, Any, Any]] = [
     ("intent_ttl", "1h", 3600.0),
     ("deliver_to", [], []),
     ("deliver_to", ["completions"], ["completions"]),
+    ("deliver_to", "completions", "completions"),
     ("deliver_within", "1m", 60.0),
     ("dedup_ttl", 0, 0.0),
     (
@@ -110,7 +111,7 @@ WRONG: list[tuple[str, Any]] = [
     ("timeout", 0), ("total_timeout", 0), ("first_output_timeout", 0), ("silence_timeout", 0.0001), ("queue_timeout", "x"), ("kill_grace", -1),
     ("warning_signal", "SIGKILL"), ("warning_signal", "USR1"), ("warning_signal", 10), ("result_grace", []), ("max_attempts", 0),
     ("max_attempts", 1001), ("max_attempts", 1.0), ("backoff", []), ("backoff", "x"), ("on_lost", "ignore"), ("writes_to", [""]), ("writes_to", ["a\x00"]),
-    ("writes_to", "a"), ("writes_to", ["x"] * 257), ("on_conflict", "fail"), ("intent_ttl", "x"), ("deliver_to", ["x"] * 33), ("deliver_to", "a"),
+    ("writes_to", "a"), ("writes_to", ["x"] * 257), ("on_conflict", "fail"), ("intent_ttl", "x"), ("deliver_to", ["x"] * 33), ("deliver_to", ""), ("deliver_to", {}),
     ("deliver_within", True), ("dedup_ttl", "forever"), ("expect", []), ("expect", {"files": ["x"] * 257}), ("expect", {"files": [""]}),
     ("expect", {"files": [{"path": "a\x00"}]}), ("expect", {"files": [{"min_bytes": 1}]}), ("expect", {"check": []}), ("expect", {"check": [""]}),
     ("expect", {"stdout_min_bytes": 10**400}), ("expect", {"stdout_min_bytes": "9" * 400}), ("expect", {"allow_no_work": "yes"}),
@@ -155,6 +156,13 @@ def test_one_of_prompt_prompt_ref_and_command_is_enough_and_none_is_not() -> Non
 
 def test_timeout_and_run_timeout_may_both_say_the_same() -> None:
     assert _read(timeout="1m", run_timeout=60).timeout == 60
+
+
+def test_one_sink_may_be_named_as_a_text_and_is_the_same_task() -> None:
+    text, listed = _read(deliver_to="mail"), _read(deliver_to=["mail"])
+    assert text.own_sinks() == listed.own_sinks() == ["mail"]
+    assert content_digest(text, None) == content_digest(listed, None)
+    assert _read().own_sinks() is None
 
 
 def test_after_policy_goes_with_after() -> None:

@@ -234,6 +234,22 @@ async def test_a_json_entry_may_address_itself(bench: Bench, drop: Path, fields:
     assert [(row[1], row[2]) for row in await _rows(bench)] == [(sink, "pending") for sink in sinks]
 
 
+@pytest.mark.parametrize("name", ["deliver-to", "Deliver_To", "deliverTo", "deliver to"])
+async def test_a_mistyped_deliver_to_is_set_aside_and_not_sent_elsewhere(
+    bench: Bench, drop: Path, name: str
+) -> None:
+    (drop / "x.json").write_text(json.dumps({name: ["s"], "body": "x"}))
+    assert await _record(bench, _scan(drop).handed) == set()
+    assert {(row[2], row[3]) for row in await _rows(bench)} == {
+        ("dead", f"malformed: {name!r} is no field of an entry; did you mean deliver_to?")
+    }
+
+
+async def test_other_fields_that_look_a_little_like_deliver_to_are_data(bench: Bench, drop: Path) -> None:
+    (drop / "x.json").write_text('{"delivered_to": "me", "delivery": 1, "To": "you"}')
+    assert await _record(bench, _scan(drop).handed) == {"x.json"}
+
+
 async def test_a_sink_that_is_not_there_or_not_allowed_costs_only_its_own_row(
     bench: Bench, drop: Path
 ) -> None:

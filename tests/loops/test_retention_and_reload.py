@@ -256,6 +256,15 @@ async def test_an_invalid_edit_keeps_the_old_settings_and_alerts_once(bench: Ben
     assert reload.last_error is None
 
 
+async def test_an_edit_that_writes_into_the_state_folder_is_refused(bench: Bench, config: Path) -> None:
+    reload = await _reload(bench, config)
+    before = bench.box.settings
+    config.write_text(f"sinks: {{s: {{type: file, path: {bench.box.folders.completions}}}}}\n")
+    with pytest.raises(ConfigError, match="lies in the state folder"):
+        await reload.now()
+    assert bench.box.settings == before
+
+
 async def test_a_config_that_vanishes_changes_nothing_and_is_told(bench: Bench, config: Path) -> None:
     reload = await _reload(bench, config)
     config.unlink()

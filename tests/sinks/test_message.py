@@ -197,6 +197,8 @@ def test_without_allow_to_only_the_sinks_own_recipients_are_allowed() -> None:
     ("content", "reason"),
     [
         ({"to": 7, "body": "x"}, "to is neither"),
+        ({"to": [], "body": "x"}, "to names nobody"),
+        ({"to": None, "cc": [], "bcc": [], "body": "x"}, "cc names nobody"),
         ({"to": ["a@example.org", 7], "body": "x"}, "to is neither"),
         ({"to": "a@example.org\r\nBcc: e@evil.example", "body": "x"}, "no mail address"),
         ({"to": "Ann <a@example.org>", "body": "x"}, "no mail address"),

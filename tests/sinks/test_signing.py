@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
+import sys
 import time
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import given
@@ -14,7 +18,7 @@ from standardwebhooks import Webhook
 from agentqd.core.errors import ConfigError
 from agentqd.sinks.signing import Signer, read_keys, signature
 
-KEYS = st.lists(st.binary(min_size=1, max_size=64), min_size=1, max_size=3)
+KEYS = st.lists(st.binary(min_size=24, max_size=64), min_size=1, max_size=3)
 
 
 def line_of(key: bytes) -> str:
@@ -44,10 +48,48 @@ def test_the_example_of_the_specification() -> None:
     assert signed == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
 
 
-@pytest.mark.parametrize("line", ["xyzzy", "whsec_", "whsec_a", "whsec_ab cd", "whpk_MfKQ", "whsec_M\u00e9"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "xyzzy",
+        "whsec_",
+        "whsec_a",
+        "whsec_ab cd",
+        "whpk_MfKQ",
+        "whsec_M\u00e9",
+        "whsec_YWJj",
+        line_of(b"x" * 23),
+    ],
+)
 def test_what_is_no_secret_is_refused_and_not_shown(line: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        read_keys([line_of(b"x"), line], "/etc/s")
+        read_keys([line_of(b"x" * 24), line], "/etc/s")
     assert str(caught.value.message).startswith("/etc/s: secret 2 ")
     assert line.removeprefix("whsec_") == "" or line not in caught.value.message
     assert caught.value.__cause__ is None
+
+
+def test_a_short_secret_says_what_to_make_instead() -> None:
+    with pytest.raises(ConfigError, match=r"3 bytes; .* at least 24 .*openssl rand"):
+        read_keys(["whsec_YWJj"], "f")
+
+
+def _receiver(monkeypatch: pytest.MonkeyPatch, secrets: Path) -> ModuleType:
+    """The page's receiver, as a module."""
+    monkeypatch.setattr(sys, "argv", ["receiver.py", "0", ":memory:", str(secrets)])
+    spec = importlib.util.spec_from_file_location("receiver", Path(__file__).parents[2] / "docs/receiver.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_shown_receiver_reads_the_secret_file_that_the_sink_reads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    key, at = b"k" * 24, int(time.time())
+    (tmp_path / "s").write_text(f"# of the hook, März\n\n  {line_of(key)} \n# {line_of(b'o' * 24)}\n")
+    receiver = _receiver(monkeypatch, tmp_path / "s")
+    assert receiver.is_signed(b"{}", "d1", str(at), signature([key], "d1", at, b"{}"))
+    assert not receiver.is_signed(b"{}", "d1", str(at), signature([b"o" * 24], "d1", at, b"{}"))

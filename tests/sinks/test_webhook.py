@@ -42,7 +42,7 @@ from .httpreceiver import (
 )
 from .webadapter import SECRET_LINE, keep_secret
 
-OTHER_LINE = "whsec_" + "b3RoZXIgb3RoZXIgb3RoZXIgb3RoZXI="
+OTHER_LINE = "whsec_" + "b3RoZXIgb3RoZXIgb3RoZXIgb3RoZXIgb3RoZXI="
 TEN_OF_FIFTY = b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n0123456789"
 
 

@@ -106,7 +106,7 @@ MUTANTS = (
         "agentqd/loops/sinkrunner.py",
         '        failpoint("send_begun")\n',
         '        failpoint("send_begun")\n'
-        "        from agentqd.sinks.base import Delivered\n"
+        "        from agentqd.loops.marking import record\n"
         "        said = [Delivered(position=row.entry_seq) for row in batch]\n"
         "        early = [mark_for(row, outcome, self.schedule, 0.0, 0) for row, outcome in zip(batch, said)]\n"
         "        await self.box.journal.commit(lambda tx: record(tx, self.box, batch, said, early))\n",
