@@ -236,6 +236,16 @@ async def test_doctor_finds_what_is_wrong_and_says_how_to_mend_it(daemon: Daemon
     assert sick["journal pages"]["ok"]
 
 
+async def test_doctor_has_dead_letters_looked_at_before_they_are_sent_again(daemon: Daemon) -> None:
+    """Among them may be what was not allowed."""
+    daemon.delivery.runners["completions"] = fake_runner()
+    await daemon.run_to_end()
+    await daemon.deliver(event=RowEvent.REJECTED, error="not_allowed: x")
+    (check,) = [each for each in (await daemon.get("/v1/doctor"))["checks"] if "completions" in each["name"]]
+    assert check["message"].startswith("1 dead letters; ")
+    assert check["fix"] == "agentqctl outbox list --sink completions --state dead"
+
+
 async def test_config_and_schema_and_reload(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = types.ModuleType("agentqd.core.config_schema")
     stand_in.config_schema = lambda: {"type": "object"}  # type: ignore[attr-defined]
