@@ -69,6 +69,7 @@ class SinkRunner:
         self.last_error: str | None = None
         self.is_open = False
         self.delivered, self.failed = Tally(), Tally()  # tries, since this runner began
+        self.delivered_us: int | None = None  # when something last arrived, likewise
         self.began_us = box.clock.now_us()
         self._draw = draw
         context = Context(name, settings, box.folders.state, exec_, box.clock.now_us)
@@ -326,6 +327,8 @@ class SinkRunner:
         troubles = [each for each in outcomes if type(each) is not Delivered]
         self.delivered.add(now, len(outcomes) - len(troubles))
         self.failed.add(now, len(troubles))
+        if len(troubles) < len(outcomes):
+            self.delivered_us = self.box.clock.now_us()
         deferred = [each for each in troubles if isinstance(each, Deferred)]
         if any(each.connection for each in deferred):
             gate.breaker.failed(now, self._draw())

@@ -18,8 +18,16 @@ HOSTILE = "\x1b[31mred\x1b]0;title\x07 \u202eabc"
         ({"breaker": "open", "next_probe_at": LATER}, "resting until "),
         ({"breaker": "half_open"}, "probing"),
         (
-            {"breaker": "disabled", "disabled": "by a person (uid 7): full"},
+            {
+                "breaker": "disabled",
+                "disabled": "by a person (uid 7): full",
+                "disabled_by": "person",
+            },
             "disabled by a person (uid 7): full",
+        ),
+        (
+            {"breaker": "disabled", "disabled": "HTTP 410: gone", "disabled_by": "receiver"},
+            "disabled: HTTP 410: gone",
         ),
         ({"in_config": False, "type": None}, "not in the config"),
         ({"rate": "10/s", "rate_limited": True}, "rate-limited (10/s)"),

@@ -44,9 +44,9 @@ def _sink_verb(name: str) -> Callable[[Callable[..., Any]], click.Command]:
 
 @_sink_verb("list")
 def list_sinks(call: Call) -> int:
-    """All sinks, also those no longer in the config that have rows. Rates are tries since the daemon started or the sink was
-    edited: delivered (and FAILED) in the last minute, five minutes, hour. AT ONCE: sends now, of so many as its pace allows now (at
-    most ever)."""
+    """All sinks, also those no longer in the config that have rows to send, held or dead. Rates are tries since the daemon started
+    or the sink was edited: delivered (and FAILED) in the last minute, five minutes, hour. AT ONCE: sends now, of so many as its
+    pace allows now (at most ever)."""
     sinks = take(call.box.connection.get("sinks"), "sinks", list)
     if call.as_json:
         call.out.json(sinks)
@@ -83,7 +83,10 @@ def sink_state(sink: dict[str, Any]) -> Cell:
     """In words: what keeps it from sending, or that nothing does."""
     breaker = str(sink.get("breaker") or "closed")
     if breaker == "disabled":
-        return Cell(f"disabled {sink.get('disabled') or ''}".strip(), "warn")
+        between = (
+            " " if sink.get("disabled_by") == "person" else ": "
+        )  # "by a person ...", or what the receiver said
+        return Cell(f"disabled{between}{sink['disabled']}" if sink.get("disabled") else "disabled", "warn")
     if sink.get("in_config") is False:
         return Cell("not in the config", "warn")
     if breaker == "open":
