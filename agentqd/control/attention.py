@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 
 from agentqd.control.queries import AlertSeen, DeadSeen
 from agentqd.control.room import Room
+from agentqd.core.routing import COMPLETIONS, REJECTED
 from agentqd.core.units import format_duration
 
 US: Final = 1_000_000
@@ -91,7 +92,7 @@ def _sinks(status: dict[str, Any], seen: DeadSeen) -> Iterator[Item]:
             reason = seen.reasons.get(name)
             because = f": {reason}" if reason else why
             text = f"{_many(dead, 'delivery', 'deliveries')} to {name} gave up and will not be sent again by itself{because}"
-            yield _item("error", text, f"agentqctl outbox retry ALL --sink {quote(name)}")
+            yield _item("error", text, f"agentqctl outbox list --sink {quote(name)} --state dead")
         if sink["breaker"] == "disabled":
             by_person = sink.get("disabled_by") == "person"
             text = (
@@ -107,11 +108,20 @@ def _sinks(status: dict[str, Any], seen: DeadSeen) -> Iterator[Item]:
             continue
         elif sink["breaker"] == "open":
             text = f"{name} cannot be reached and is left alone until {sink['next_probe_at']}{why}"
-            yield _item("warning", text, f"agentqctl outbox list --sink {quote(name)}")
+            yield _item("warning", text, _send_now(name, sink))
         oldest = sink["oldest_pending_s"]
         if oldest is not None and oldest > UNDELIVERED_S:
             text = f"{_many(sink['pending'], 'delivery', 'deliveries')} to {name} not delivered, the oldest for {format_duration(oldest)}{why}"
-            yield _item("warning", text, f"agentqctl outbox list --sink {quote(name)}")
+            yield _item("warning", text, _send_now(name, sink))
+
+
+def _send_now(name: str, sink: dict[str, Any]) -> str:
+    """A test that arrives ends the rest of a sink; rows that have been tried are sent again at a person's word."""
+    if name in {COMPLETIONS, REJECTED} or sink.get("rate_limited"):
+        return f"agentqctl outbox list --sink {quote(name)}"
+    if sink["breaker"] in {"open", "half_open"}:
+        return f"agentqctl sink test {quote(name)}"
+    return f"agentqctl outbox retry ALL --sink {quote(name)} --state retryable"
 
 
 def _set_aside(seen: DeadSeen) -> Iterator[Item]:

@@ -236,7 +236,7 @@ async def _sinks(room: Room) -> list[Check]:
     for name in sorted({COMPLETIONS, *room.box.settings.sinks, *dead}):
         runner = room.parts.delivery.runners.get(name)
         many = f"{dead[name]} dead letters; " if name in dead else ""
-        fix = f"agentqctl outbox retry ALL --sink {quote(name)}" if name in dead else None
+        fix = f"agentqctl outbox list --sink {quote(name)} --state dead" if name in dead else None
         if runner is None:
             known = name in room.box.settings.sinks or name == COMPLETIONS
             why = "cannot be used; the daemon's log says why" if known else "is not in the config"

@@ -176,17 +176,17 @@ async def enable_sink(call: Call) -> web.StreamResponse:
     if not is_text(name) or name not in {*names_of(room, seen), *seen.sums}:
         raise NoSuchSink(f"there is no sink {name[:64]!r}, and no row of one", sink=name[:64])
 
-    def unit(tx: Transaction) -> bool:
+    def unit(tx: Transaction) -> tuple[bool, int]:
         tx.after_commit(lambda: _tell_enabled(room, name))
-        return parking.enable(tx, name, uid)
+        return parking.enable(tx, name, uid), parking.held_by_it(tx, name)
 
-    changed = await room.box.journal.commit(unit)
+    changed, releasing = await room.box.journal.commit(unit)
     if name not in room.parts.delivery.runners:  # nobody else releases them
         while await room.box.journal.commit(lambda tx: parking.release_disabled(tx, name)) >= ROWS_A_COMMIT:
             pass
     if changed:
         room.box.log.info("sink_enabled", sink=name, by="person", uid=uid)
-    return answer({"sink": name, "disabled": False, "changed": changed})
+    return answer({"sink": name, "disabled": False, "changed": changed, "releasing": releasing})
 
 
 def _tell_disabled(room: Room, name: str, word: Word) -> None:
@@ -198,7 +198,7 @@ def _tell_disabled(room: Room, name: str, word: Word) -> None:
 def _tell_enabled(room: Room, name: str) -> None:
     runner = room.parts.delivery.runners.get(name)
     if runner is not None:
-        runner.enable(release=True)
+        runner.enable()
 
 
 def _uid(call: Call) -> int | None:

@@ -139,14 +139,13 @@ class SinkRunner:
         self._hold_all()
         self.kick.set()
 
-    def enable(self, *, release: bool = False) -> None:
-        """A person has had rows of a disabled sink sent again, or all (`release`); the journal knows it already."""
+    def enable(self) -> None:
+        """A person's word; the journal knows it already. All that is held because it was disabled goes on."""
         self.gate.enable()
         self._said = self.gate.word
         self._kept = SinkMemory()
         self._chores.clear()
-        if release:
-            self._release_all()
+        self._release_all()
         self.backlog.forget()
         self.kick.set()
 

@@ -232,7 +232,7 @@ def test_outbox_drop_needs_explicit_ids_or_the_word_all(ctl: Ctl, daemon: StandI
         {"delivery_ids": ["d1"], "sink": "hook"},
         {"all": True, "state": "dead"},
     ]
-    assert ctl("outbox", "retry", "unknown").code == 1
+    assert ctl("outbox", "retry", "unknown").code == 66
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,25 @@ async def test_a_sink_that_is_no_longer_in_the_config_and_has_nothing_left_to_do
     assert (await daemon.post("/v1/sinks/out/enable"))["changed"] is False  # it has a row: it is known
 
 
+async def test_a_release_says_that_a_disabled_sink_keeps_its_rows(delivering: Daemon) -> None:
+    daemon = delivering
+    await daemon.post("/v1/sinks/out/disable")
+    await daemon.run_to_end(deliver_to=["out"])
+    await until_backlog(daemon, "out", held=1)
+    (row,) = (await daemon.get("/v1/outbox", sink="out"))["rows"]
+    for verb in ("release", "retry"):
+        for which in ({"all": True, "state": "held"}, {"delivery_ids": [row["delivery_id"]]}):
+            said = await daemon.post(f"/v1/outbox/{verb}", {"sink": "out", **which})
+            assert said == {"changed": 0, "stay_held": {"out": 1}}
+    assert (await daemon.post("/v1/outbox/hold", {"all": True, "sink": "out"})) == {"changed": 1}
+    said = await daemon.post("/v1/outbox/release", {"all": True, "sink": "out"})  # a person's no more
+    assert said == {"changed": 1, "stay_held": {"out": 1}}
+    await until_backlog(daemon, "out", held=1)
+    said = await daemon.post("/v1/sinks/out/enable")
+    assert (said["changed"], said["releasing"]) == (True, 1)
+    await until_backlog(daemon, "out", delivered=1)
+
+
 async def test_what_cannot_be_disabled_tested_or_found_is_refused_with_its_reason(delivering: Daemon) -> None:
     daemon = delivering
     said = await daemon.fails("POST", "/v1/sinks/completions/disable", 409, "illegal_transition")

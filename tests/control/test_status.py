@@ -86,7 +86,7 @@ async def test_attention_names_each_trouble_with_its_fix(daemon: Daemon) -> None
         (match,) = [value for key, value in found.items() if text in key]
         return match
 
-    assert fix("the receiver said no") == "agentqctl outbox retry ALL --sink hook"
+    assert fix("the receiver said no") == "agentqctl outbox list --sink hook --state dead"
     assert fix("not delivered, the oldest") == "agentqctl outbox list --sink completions"
     assert fix("queue slow is paused (by the config)") is None
     assert fix("the supervisor runs version 1.0") is None
@@ -105,7 +105,7 @@ async def test_attention_names_each_trouble_with_its_fix(daemon: Daemon) -> None
     [
         ({"breaker": "disabled", "disabled": "410 Gone"}, "hook is disabled, its deliveries are held: 410 Gone", "sink enable hook"),
         ({"breaker": "disabled", "disabled": "by a person", "disabled_by": "person"}, "hook was disabled by a person; 0 deliveries are held", "sink enable hook"),
-        ({"breaker": "open", "next_probe_at": "2026-01-01T00:00:00.000Z"}, "left alone until 2026-01-01T00:00:00.000Z: no route", "outbox list --sink hook"),
+        ({"breaker": "open", "next_probe_at": "2026-01-01T00:00:00.000Z"}, "left alone until 2026-01-01T00:00:00.000Z: no route", "sink test hook"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("settings", [Settings(sinks={"hook": Sink(type="file", path="/x/y")})])
@@ -114,6 +114,29 @@ async def test_a_sink_that_is_not_sent_to_is_named(daemon: Daemon, health: dict[
     runner.health = lambda: health
     (item,) = [each for each in (await daemon.get("/v1/status"))["attention"] if "hook" in each["text"]]
     assert text in item["text"]
+    assert item["fix"] == f"agentqctl {fix}"
+
+
+@pytest.mark.parametrize(
+    ("health", "fix"),
+    [
+        ({"breaker": "closed"}, "outbox retry ALL --sink hook --state retryable"),
+        ({"breaker": "half_open"}, "sink test hook"),
+        ({"breaker": "closed", "rate_wait_s": 9.0}, "outbox list --sink hook"),
+    ],
+)
+@pytest.mark.parametrize("settings", [Settings(sinks={"hook": Sink(type="file", path="/x/y")})])
+async def test_what_is_not_delivered_for_long_comes_with_what_sends_it_now(
+    daemon: Daemon, health: dict[str, Any], fix: str
+) -> None:
+    await daemon.run_to_end(deliver_to=["hook"])
+    await daemon.deliver("hook", RowEvent.DEFERRED, "no route")
+    sql = "UPDATE outbox SET created_at = created_at - 600000000, due_at = created_at WHERE sink = 'hook'"
+    await daemon.journal.commit(lambda tx: tx.execute(sql))
+    daemon.delivery.runners["hook"] = runner = fake_runner(last_error="no route")
+    runner.health = lambda: health
+    (item,) = [each for each in (await daemon.get("/v1/status"))["attention"] if "hook" in each["text"]]
+    assert "not delivered, the oldest" in item["text"]
     assert item["fix"] == f"agentqctl {fix}"
 
 
@@ -315,6 +338,16 @@ async def test_doctor_finds_what_is_wrong_and_says_how_to_mend_it(daemon: Daemon
     assert sick["queue folder"]["fix"].startswith("chmod o-w ")
     assert (sick["sink completions"]["level"], sick["clock"]["level"]) == ("warning", "warning")
     assert sick["journal pages"]["ok"]
+
+
+async def test_doctor_has_dead_letters_looked_at_before_they_are_sent_again(daemon: Daemon) -> None:
+    """Among them may be what was not allowed."""
+    daemon.delivery.runners["completions"] = fake_runner()
+    await daemon.run_to_end()
+    await daemon.deliver(event=RowEvent.REJECTED, error="not_allowed: x")
+    (check,) = [each for each in (await daemon.get("/v1/doctor"))["checks"] if "completions" in each["name"]]
+    assert check["message"].startswith("1 dead letters; ")
+    assert check["fix"] == "agentqctl outbox list --sink completions --state dead"
 
 
 async def test_config_and_schema_and_reload(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ async def disable(bench: Bench, loop: DeliveryLoop, name: str = "s") -> None:
 async def enable(bench: Bench, loop: DeliveryLoop, name: str = "s") -> None:
     def unit(tx: Any) -> None:
         assert parking.enable(tx, name, 7)
-        tx.after_commit(lambda: loop.runners[name].enable(release=True))
+        tx.after_commit(loop.runners[name].enable)
 
     await bench.do(unit)
 
