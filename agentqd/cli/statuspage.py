@@ -80,7 +80,7 @@ def _draw_counts(out: Output, status: dict[str, Any]) -> None:
     intake, disk = _dict(status.get("intake")), _dict(status.get("disk"))
     read = [f"{size(intake['bytes_waiting'])} not read yet"] if intake.get("bytes_waiting") else []
     if intake.get("rejected"):
-        read.append(f"{intake['rejected']} lines rejected")
+        read.append(f"{intake['rejected']} line{'' if intake['rejected'] == 1 else 's'} rejected")
     lines.append(("intake", ", ".join(read)))
     if disk:
         stopped = ", INTAKE STOPPED" if disk.get("intake_stopped") else ""
@@ -147,20 +147,24 @@ def _draw_queues(out: Output, status: dict[str, Any]) -> None:
 
 
 def _draw_sinks(out: Output, status: dict[str, Any]) -> None:
+    sinks = list(_items(status.get("sinks")))
+    any_held = any(sink.get("held") for _, sink in sinks)
     columns = (
         Column("SINK", flex=True), Column("TYPE", drop=5), Column("DELIVERED", right=True, drop=4),
-        Column("PENDING", right=True), Column("DEAD", right=True), Column("OLDEST", right=True, drop=3),
+        Column("PENDING", right=True), *([Column("HELD", right=True)] if any_held else ()),
+        Column("DEAD", right=True), Column("OLDEST", right=True, drop=3),
         Column("", drop=1), Column("LAST ERROR", flex=True, drop=2),
     )  # fmt: skip
     rows: list[Row] = []
-    for name, sink in _items(status.get("sinks")):
-        dead = sink.get("dead", 0)
+    for name, sink in sinks:
+        dead, held = sink.get("dead", 0), sink.get("held", 0)
         rows.append(
             [
                 name,
                 str(sink.get("type") or ""),
                 str(sink.get("delivered", "")),
                 str(sink.get("pending", 0)),
+                *([Cell(str(held), "warn" if held else "")] if any_held else ()),
                 Cell(str(dead), "bad" if dead else ""),
                 duration(sink.get("oldest_pending_s")),
                 _sink_word(sink),

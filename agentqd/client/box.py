@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from agentqd.client.channel import UnixTransport
-from agentqd.client.connection import Connection
+from agentqd.client.connection import Connection, take
 from agentqd.client.queuefile import Queue, QueueFile
 from agentqd.core.errors import AgentqError, InvalidRequest, Unreachable
 from agentqd.core.folders import Folders, choose_folders
@@ -24,7 +24,9 @@ class Box(NamedTuple):
     """One box as a client sees it."""
 
     connection: Connection
-    queue: Callable[[], Queue]  # raises Unreachable when no state folder is known for this socket
+    queue: Callable[
+        [], Queue
+    ]  # raises Unreachable when no state folder is known for this socket, and nobody answers at it
     folders: Callable[[], Folders]  # the same; InvalidRequest for a box over SSH, whose folders are not here
     reconnect_s: float = RECONNECT_S  # how long `wait` and `logs -f` outlast an absent daemon
     consumer: str = CONSUMER_DEFAULT
@@ -105,21 +107,47 @@ def candidate_folders(where: Where, env: Mapping[str, str], uid: int) -> list[Fo
 def _folders_of(
     candidates: list[Folders], transport: UnixTransport, socket: str | None, *, state_named: bool
 ) -> Folders:
-    """The folders behind the socket that answered, else of a daemon that has run here, else the first."""
+    """The folders behind the socket that answered, else of a daemon that has run here, else the first. Of a named socket
+    that is none of ours, those that its daemon says. Raises AgentqError."""
     if state_named:
         return candidates[0]
     for folders in candidates:
         if transport.paths == (folders.control_socket,):
             return folders
     if socket is not None:
-        raise Unreachable(
-            f"agentqd is not running at {socket}, and whose queue file that is, is not known; give --state-dir too",
-            socket=socket,
-        )
+        return _folders_told(transport, socket)
     for folders in candidates:
         if os.path.isdir(folders.queue):
             return folders
     return candidates[0]
+
+
+def _folders_told(transport: UnixTransport, socket: str) -> Folders:
+    """The folders of the daemon that answers at this socket. Raises AgentqError; Unreachable when nobody does."""
+    try:
+        state = take(take(Connection(transport).get("status"), "daemon", dict), "state_dir", str)
+    except Unreachable as error:
+        if not is_absent(error):
+            raise
+        raise Unreachable(
+            f"agentqd is not running at {socket}, and whose queue file that is, is not known; give --state-dir too",
+            socket=socket,
+        ) from None
+    folders = Folders(state, os.path.dirname(os.path.abspath(socket)))
+    try:
+        os.stat(folders.queue)
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+    ):  # the socket leads to another machine, or into a container
+        text = (
+            f"agentqd at {socket} has its state folder at {state}, and there is no queue folder on this machine;"
+            " run this where that daemon runs, or use submit"
+        )
+        raise InvalidRequest(text, socket=socket) from None
+    except OSError:
+        pass  # whoever opens the queue file says who may
+    return folders
 
 
 def _absolute(path: str | None) -> str | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from shlex import quote
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
+from agentqd.control.queries import AlertSeen, DeadSeen
 from agentqd.control.room import Room
+from agentqd.core.routing import COMPLETIONS, REJECTED
 from agentqd.core.units import format_duration
 from agentqd.loops.link import silence_advice
 
@@ -21,17 +23,26 @@ _ERRORS: Final = frozenset(
 Item = dict[str, Any]
 
 
-def attention(room: Room, status: dict[str, Any], stopping_since: dict[str, int], now_us: int) -> list[Item]:
-    """Errors first."""
+class Journaled(NamedTuple):
+    """What the journal knows besides the status object."""
+
+    stopping_since: dict[str, int]
+    alerts: list[AlertSeen]
+    dead: DeadSeen
+
+
+def attention(room: Room, status: dict[str, Any], known: Journaled, now_us: int) -> list[Item]:
+    """Errors first. Whatever has mended itself is left out."""
     found = [
         *_supervisor(room, status),
         *_disk(room, status),
         *_config(room),
-        *_sinks(status),
-        *_stuck(status, stopping_since, now_us),
+        *_sinks(status, known.dead),
+        *_set_aside(known.dead),
+        *_stuck(status, known.stopping_since, now_us),
         *_queues(room, status),
         *_limits(status),
-        *_alerts(room, status),
+        *_alerts(room, status, known.alerts, now_us),
     ]
     return sorted(found, key=lambda item: item["level"] != "error")
 
@@ -77,20 +88,22 @@ def _config(room: Room) -> Iterator[Item]:
         yield _item("error", f"the last config edit is not applied: {error.message}", fix)
 
 
-def _sinks(status: dict[str, Any]) -> Iterator[Item]:
+def _sinks(status: dict[str, Any], seen: DeadSeen) -> Iterator[Item]:
     for name, sink in status["sinks"].items():
         why = f": {sink['last_error']}" if sink["last_error"] else ""
-        if sink["dead"]:
-            text = f"{_many(sink['dead'], 'delivery', 'deliveries')} to {name} gave up and will not be sent again by itself{why}"
-            yield _item("error", text, f"agentqctl outbox retry ALL --sink {quote(name)}")
+        dead = sink["dead"] - seen.aside_rows.get(name, 0)
+        if dead > 0:
+            reason = seen.reasons.get(name)
+            because = f": {reason}" if reason else why
+            text = f"{_many(dead, 'delivery', 'deliveries')} to {name} gave up and will not be sent again by itself{because}"
+            yield _item("error", text, f"agentqctl outbox list --sink {quote(name)} --state dead")
         if sink["breaker"] == "disabled":
             by_person = sink.get("disabled_by") == "person"
-            held = (
-                "its deliveries are held: "
-                if not by_person
-                else f"{_many(sink['held'], 'delivery is', 'deliveries are')} held, "
+            text = (
+                f"{name} was disabled {sink['disabled']}; {_many(sink['held'], 'delivery is', 'deliveries are')} held"
+                if by_person
+                else f"{name} is disabled, its deliveries are held: {sink['disabled']}"
             )
-            text = f"{name} is disabled, {held}{sink['disabled']}"
             yield _item("warning" if by_person else "error", text, f"agentqctl sink enable {quote(name)}")
         elif not sink["in_config"] and sink["pending"] + sink["held"]:
             waiting = _many(sink["pending"] + sink["held"], "delivery waits", "deliveries wait")
@@ -99,11 +112,32 @@ def _sinks(status: dict[str, Any]) -> Iterator[Item]:
             continue
         elif sink["breaker"] == "open":
             text = f"{name} cannot be reached and is left alone until {sink['next_probe_at']}{why}"
-            yield _item("warning", text, f"agentqctl outbox list --sink {quote(name)}")
+            yield _item("warning", text, _send_now(name, sink))
         oldest = sink["oldest_pending_s"]
         if oldest is not None and oldest > UNDELIVERED_S:
             text = f"{_many(sink['pending'], 'delivery', 'deliveries')} to {name} not delivered, the oldest for {format_duration(oldest)}{why}"
-            yield _item("warning", text, f"agentqctl outbox list --sink {quote(name)}")
+            yield _item("warning", text, _send_now(name, sink))
+
+
+def _send_now(name: str, sink: dict[str, Any]) -> str:
+    """A test that arrives ends the rest of a sink; rows that have been tried are sent again at a person's word."""
+    if name in {COMPLETIONS, REJECTED} or sink.get("rate_limited"):
+        return f"agentqctl outbox list --sink {quote(name)}"
+    if sink["breaker"] in {"open", "half_open"}:
+        return f"agentqctl sink test {quote(name)}"
+    return f"agentqctl outbox retry ALL --sink {quote(name)} --state retryable"
+
+
+def _set_aside(seen: DeadSeen) -> Iterator[Item]:
+    if seen.aside:
+        newest, n = seen.aside[0], len(seen.aside)
+        whose = f" of task {newest.task_id}" if newest.task_id else ""
+        text = (
+            f"an entry{whose} ({newest.key!r}) was set aside and is not sent: {newest.reason}"
+            if n == 1
+            else f"{n} entries were set aside and are not sent, the newest{whose} ({newest.key!r}): {newest.reason}"
+        )
+        yield _item("error", text, f"agentqctl outbox show {newest.delivery_id}")
 
 
 def _stuck(status: dict[str, Any], since: dict[str, int], now_us: int) -> Iterator[Item]:
@@ -137,20 +171,48 @@ def _limits(status: dict[str, Any]) -> Iterator[Item]:
         yield _item("warning", text, None if waits is None else f"agentqctl retry {waits}")
 
 
-def _alerts(room: Room, status: dict[str, Any]) -> Iterator[Item]:
-    for alert in status["alerts"]:
-        kind = str(alert["type"]).removeprefix("agentq.alert.")
-        times = f"{alert['count']} times in 24 h, last: " if alert["count"] > 1 else ""
+def _alerts(room: Room, status: dict[str, Any], alerts: list[AlertSeen], now_us: int) -> Iterator[Item]:
+    for alert in alerts:
+        kind, task_id = alert.type.removeprefix("agentq.alert."), alert.data.get("task_id")
+        if _is_said_above(kind) or _is_over(room, status, kind, alert):
+            continue
+        ago = f"{format_duration(max(0, now_us - alert.at) / US)} ago"
+        when = f"{alert.count} times in 24 h, last {ago}" if alert.count > 1 else ago
+        text = f"{kind}: {when}: {alert.data.get('message')}"
         fix = (
-            f"agentqctl show {alert['task_id']}"
-            if alert["task_id"]
-            else _FIXES.get(kind, "").format(room.box.folders.rejected)
+            f"agentqctl show {task_id}" if task_id else _FIXES.get(kind, "").format(room.box.folders.rejected)
         )
-        yield _item(
-            "error" if kind in _ERRORS else "warning", f"{kind}: {times}{alert['message']}", fix or None
-        )
+        yield _item("error" if kind in _ERRORS else "warning", text, fix or None)
 
 
+def _is_said_above(kind: str) -> bool:
+    """What stands in the items above for as long as it is true: the config's error, the disk, a sink's dead rows, that it is
+    disabled, an entry that was set aside. Once it is not, nobody needs to be told."""
+    return kind in _SAID_ABOVE or (kind.startswith("entry_") and kind != "entry_conflict")
+
+
+def _is_over(room: Room, status: dict[str, Any], kind: str, alert: AlertSeen) -> bool:
+    """Whether what it says is plainly no longer so."""
+    if kind == "stuck":
+        return alert.data.get("task_id") not in {task["id"] for task in status["running"]}
+    if alert.sink is None or kind not in {"undelivered", *_CANNOT_SEND}:
+        return False
+    sink = status["sinks"].get(alert.sink)
+    if sink is None or not sink["in_config"]:
+        return True  # what waits there is named by itself
+    if sink["pending"] + sink["held"] == 0 and not sink["last_error"]:
+        return True
+    runner = room.parts.delivery.runners.get(alert.sink)
+    return (
+        kind in _CANNOT_SEND
+        and runner is not None
+        and runner.delivered_us is not None
+        and runner.delivered_us > alert.at
+    )
+
+
+_SAID_ABOVE: Final = frozenset({"bad_config", "sink_disabled", "dead_letter", "disk_low"})
+_CANNOT_SEND: Final = frozenset({"webhook_secret", "email_setup"})  # until something is delivered
 _FIXES: Final = {
     "line_rejected": "tail {0}",
     "dead_letter": "agentqctl outbox list --state dead",

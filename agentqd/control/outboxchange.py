@@ -5,22 +5,25 @@ All of them are changed in steps from the oldest entry on, each a short commit; 
 
 from __future__ import annotations
 
+import functools
+import sqlite3
 from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
 from aiohttp import web
 
-from agentqd.control import queries
+from agentqd.control import queries, rowchoice
 from agentqd.control.room import Room
 from agentqd.control.route import Call, Handler, Route, answer, comma_list, known_fields
+from agentqd.control.rowchoice import CHANGED, Tally
 from agentqd.core.errors import IllegalTransition, InvalidRequest
 from agentqd.core.limits import LIST_ROWS_MAX
 from agentqd.core.outbox import RowEvent, RowState
 from agentqd.core.routing import COMPLETIONS, REJECTED
 from agentqd.core.units import parse_moment_us
 from agentqd.loops import rowchanges
-from agentqd.loops.rowchanges import Moved, Pick, Row
+from agentqd.loops.rowchanges import Pick, Row
 from agentqd.loops.trying import NoSuchSink
 from agentqd.storage.transaction import Transaction
 
@@ -36,6 +39,12 @@ class Asked(msgspec.Struct, frozen=True):
     delivery_ids: tuple[str, ...] | None  # None: all
     pick: Pick
     dry_run: bool
+    spares: bool = False  # what is delivered, of ids that have something else (rowchoice)
+
+    @property
+    def pieces(self) -> list[list[str]]:
+        """Of the ids."""
+        return _pieces(list(self.delivery_ids or ()))
 
 
 def read_change(event: RowEvent, body: dict[str, Any], now_us: int) -> Asked:
@@ -44,6 +53,8 @@ def read_change(event: RowEvent, body: dict[str, Any], now_us: int) -> Asked:
     states = _states(body)
     if body.get("all") and not states and event is RowEvent.RETRY_REQUESTED:
         states = (RowState.DEAD.value,)  # "retry all" never sends delivered entries again
+    if event is RowEvent.RETRY_REQUESTED and not (body.get("all") or states or body.get("sink")):
+        return msgspec.structs.replace(_asked(body, STATES, "sink", now_us), spares=True)
     allowed = rowchanges.states_for(event)
     return _asked(body, tuple(each for each in allowed if not states or each in states), "sink", now_us)
 
@@ -108,24 +119,43 @@ def span(since: Any, until: Any, now_us: int) -> tuple[int | None, int | None]:
     return since_us, until_us
 
 
-Unit = Callable[[Transaction, list[Row]], Moved]
+Unit = Callable[[Transaction, list[Row]], Tally]
+Look = Callable[[sqlite3.Connection, list[Row]], Tally]
 
 
 def _changing(event: RowEvent) -> Handler:
     async def handler(call: Call) -> web.StreamResponse:
         room = call.room
         asked = read_change(event, await call.body(), room.box.clock.now_us())
-        flying = in_flight(room)
+        await rowchoice.must_know_sink(room, asked.pick.sink)
+        unknown, flying = await _unknown(room, asked), in_flight(room)
+        choose = functools.partial(
+            rowchoice.choose, flying=flying, of_all=asked.delivery_ids is None, spares=asked.spares
+        )
+
+        def unit(tx: Transaction, rows: list[Row]) -> Tally:
+            chosen, tally = choose(tx, event, rows)
+            rowchanges.change(tx, event, chosen, flying)
+            return tally
+
         if asked.dry_run:
-            rows = await _look(room, asked, lambda row, _: rowchanges.can_take(row, event, flying))
-            return answer({"changed": 0, "would_change": rows})
-
-        def unit(tx: Transaction, rows: list[Row]) -> Moved:
-            return Moved(rowchanges.change(tx, event, rows, flying), 0)
-
-        return answer({"changed": (await _in_steps(room, asked, unit)).moved})
+            tally = await _look(room, asked, lambda source, rows: choose(source, event, rows)[1])
+            counts = {"changed": 0, "would_change": tally[CHANGED]}
+        else:
+            tally = await _in_steps(room, asked, unit)
+            counts = {"changed": tally[CHANGED]}
+        of_dead = asked.delivery_ids is None and asked.pick.states == (RowState.DEAD.value,)
+        no_dead = event is RowEvent.RETRY_REQUESTED and of_dead and not (tally[CHANGED] or asked.dry_run)
+        more = await rowchoice.waiting(room, asked.pick.sink) if no_dead else {}
+        return answer(counts | rowchoice.said(tally) | unknown | more)
 
     return handler
+
+
+async def _unknown(room: Room, asked: Asked) -> dict[str, list[str]]:
+    """What an answer says of ids that are no delivery's. Raises NoSuchDelivery."""
+    missing = await rowchoice.unknown_ids(room, asked.pieces)
+    return {"unknown": missing} if missing else {}
 
 
 async def move_rows(call: Call) -> web.StreamResponse:
@@ -139,24 +169,26 @@ async def move_rows(call: Call) -> web.StreamResponse:
             )
     if to not in room.box.settings.sinks:
         raise NoSuchSink(f"there is no sink {to[:64]!r} in the config to move rows to", sink=to[:64])
+    await rowchoice.must_know_sink(room, source)
+    unknown = await _unknown(room, asked)
     if asked.dry_run:
 
-        def takes(row: Row, connection: Any) -> bool:
-            return not flying(row.entry_seq, row.sink) and not rowchanges.has_row(
-                connection, row.entry_seq, to
-            )
+        def look(connection: sqlite3.Connection, rows: list[Row]) -> Tally:
+            may = [row for row in rows if not flying(row.entry_seq, row.sink)]
+            return Tally({CHANGED: sum(not rowchanges.has_row(connection, row.entry_seq, to) for row in may)})
 
-        return answer({"changed": 0, "would_change": await _look(room, asked, takes), "kept": 0})
+        tally = await _look(room, asked, look)
+        return answer({"changed": 0, "would_change": tally[CHANGED], "kept": 0} | unknown)
 
-    def unit(tx: Transaction, rows: list[Row]) -> Moved:
+    def unit(tx: Transaction, rows: list[Row]) -> Tally:
         moved = rowchanges.move(tx, rows, to, flying)
         runner = room.parts.delivery.runners.get(source)
         if runner is not None:
             tx.after_commit(runner.forget)
-        return moved
+        return Tally({CHANGED: moved.moved, "kept": moved.kept})
 
     done = await _in_steps(room, asked, unit)
-    return answer({"changed": done.moved, "kept": done.kept})
+    return answer({"changed": done[CHANGED], "kept": done["kept"]} | unknown)
 
 
 def in_flight(room: Room) -> rowchanges.InFlight:
@@ -167,44 +199,41 @@ def in_flight(room: Room) -> rowchanges.InFlight:
     return flying
 
 
-async def _in_steps(room: Room, asked: Asked, unit: Unit) -> Moved:
-    moved = kept = 0
+async def _in_steps(room: Room, asked: Asked, unit: Unit) -> Tally:
+    tally = Tally()
 
     async def step(where: str, values: list[Any]) -> None:
-        nonlocal moved, kept
-        done = await room.box.journal.commit(
-            lambda tx: unit(tx, rowchanges.find(tx, asked.pick, where, values))
+        tally.update(
+            await room.box.journal.commit(lambda tx: unit(tx, rowchanges.find(tx, asked.pick, where, values)))
         )
-        moved, kept = moved + done.moved, kept + done.kept
 
     if asked.delivery_ids is not None:
-        for ids in _pieces(list(asked.delivery_ids)):
+        for ids in asked.pieces:
             await step(f"e.delivery_id IN ({_marks(ids)})", ids)
-        return Moved(moved, kept)
+        return tally
     for lower, upper in await _windows(room, asked.pick):
         rows = await _found(room, asked.pick, "o.entry_seq >= ? AND o.entry_seq < ?", [lower, upper])
         for seqs in _pieces(list(dict.fromkeys(row.entry_seq for row in rows))):
             await step(f"o.entry_seq IN ({_marks(seqs)})", seqs)
-    return Moved(moved, kept)
+    return tally
 
 
-async def _look(room: Room, asked: Asked, takes: Callable[[Row, Any], bool]) -> int:
+async def _look(room: Room, asked: Asked, look: Look) -> Tally:
     """How many rows it would be, with nothing changed."""
+    tally = Tally()
 
-    async def count(where: str, values: list[Any]) -> int:
-        return await room.box.journal.read(
-            lambda c: sum(takes(row, c) for row in rowchanges.find(c, asked.pick, where, values))
+    async def step(where: str, values: list[Any]) -> None:
+        tally.update(
+            await room.box.journal.read(lambda c: look(c, rowchanges.find(c, asked.pick, where, values)))
         )
 
     if asked.delivery_ids is not None:
-        return sum(
-            [
-                await count(f"e.delivery_id IN ({_marks(ids)})", ids)
-                for ids in _pieces(list(asked.delivery_ids))
-            ]
-        )
-    windows = await _windows(room, asked.pick)
-    return sum([await count("o.entry_seq >= ? AND o.entry_seq < ?", [*window]) for window in windows])
+        for ids in asked.pieces:
+            await step(f"e.delivery_id IN ({_marks(ids)})", ids)
+        return tally
+    for window in await _windows(room, asked.pick):
+        await step("o.entry_seq >= ? AND o.entry_seq < ?", [*window])
+    return tally
 
 
 async def _found(room: Room, pick: Pick, where: str, values: list[Any]) -> list[Row]:
@@ -237,12 +266,13 @@ _PICK: Final[dict[str, Any]] = {
     "until": _TIME,
     "dry_run": {"type": "boolean", "description": "change nothing, say how many (`would_change`)"},
 }
+_MISSING: Final = {404: "no_such_sink"}
 _NAME: Final = {"type": "string", "description": "a sink's name"}
 
 
 def _route(verb: str, event: RowEvent, summary: str) -> Route:
     body = {"type": "object", "properties": {**_PICK, "sink": _NAME}}
-    return Route("POST", f"/v1/outbox/{verb}", summary, _changing(event), body=body)
+    return Route("POST", f"/v1/outbox/{verb}", summary, _changing(event), body=body, more_statuses=_MISSING)
 
 
 ROUTES: Final = (

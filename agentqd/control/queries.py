@@ -20,6 +20,7 @@ PRIORITIES_SEEN_MAX: Final = 64
 OLDEST_SEEN_MAX: Final = 500
 ACTIVE_SEEN_MAX: Final = 1000
 LIMITED_SEEN_MAX: Final = 1000
+DEAD_SEEN_MAX: Final = 1000
 
 TASK_COLUMNS: Final = (
     "seq, id, name, queue, runner, priority, state, result, reason, detail, run, attempt, run_attempts, submitted_at,"
@@ -64,10 +65,12 @@ LIMITED_RETRYABLE: Final = (
 LIMITED_READY: Final = "SELECT id FROM tasks WHERE state = 'queued' AND queue = ? AND runner = ? ORDER BY priority DESC, seq LIMIT 1"
 PAUSED: Final = "SELECT queue, at FROM paused_queues"
 SPEC: Final = "SELECT spec FROM tasks WHERE seq = ?"
-ALERTS: Final = (
-    "SELECT seq, type, at, delivery_id FROM entries WHERE kind = 'alert' AND at >= ? ORDER BY at DESC LIMIT ?"
+ALERTS: Final = "SELECT type, at, delivery_id, payload FROM entries WHERE kind = 'alert' AND at >= ? ORDER BY at DESC LIMIT ?"
+NEWEST_DEAD: Final = (
+    "SELECT o.sink, o.last_error, e.kind, e.delivery_id, e.key, t.id FROM outbox o JOIN entries e ON e.seq = o.entry_seq"
+    " LEFT JOIN tasks t ON t.seq = e.task_seq"
+    " WHERE o.state IN ('held','dead') AND o.state = 'dead' ORDER BY o.entry_seq DESC LIMIT ?"  # the index's own condition
 )
-ALERT_PAYLOAD: Final = "SELECT payload FROM entries WHERE seq = ?"
 OLDEST_OPEN: Final = (
     "SELECT min(created_at) FROM (SELECT created_at FROM outbox"
     " WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at IS NOT NULL ORDER BY due_at LIMIT ?)"
@@ -131,13 +134,31 @@ class Counts(NamedTuple):
 
 
 class AlertSeen(msgspec.Struct, frozen=True):
-    """Alerts of one type: the newest, and how many."""
+    """Alerts of one type about one sink (or about none): the newest, and how many."""
 
     type: str
+    sink: str | None
     at: int
     delivery_id: str
     count: int
     data: dict[str, Any]
+
+
+class SetAside(NamedTuple):
+    """A handed-over entry that cannot be sent to anybody: one, however many sinks it was for."""
+
+    delivery_id: str
+    key: str
+    task_id: str | None
+    reason: str
+
+
+class DeadSeen(NamedTuple):
+    """What the newest dead rows say."""
+
+    reasons: dict[str, str | None]  # by sink: why the newest of its rows gave up
+    aside: list[SetAside]  # newest first
+    aside_rows: dict[str, int]  # by sink: its dead rows that are of these
 
 
 class Written(msgspec.Struct, frozen=True):
@@ -218,18 +239,33 @@ def written(connection: sqlite3.Connection, seq: int) -> Written:
 
 
 def alerts_since(connection: sqlite3.Connection, since_us: int) -> list[AlertSeen]:
-    """The alerts since then by type, newest first; of very many only the newest are counted."""
-    newest: dict[str, tuple[int, int, str]] = {}
-    seen: dict[str, int] = {}
-    for seq, type_, at, entry_id in connection.execute(ALERTS, (since_us, ALERTS_SEEN_MAX)):
-        newest.setdefault(type_, (seq, at, entry_id))
-        seen[type_] = seen.get(type_, 0) + 1
-    found = []
-    for type_, (seq, at, entry_id) in newest.items():
-        row = connection.execute(ALERT_PAYLOAD, (seq,)).fetchone()
-        data = _decode_envelope(row[0]).data if row is not None and row[0] is not None else {}
-        found.append(AlertSeen(type_, at, entry_id, seen[type_], data))
-    return found
+    """The alerts since then by type and sink, newest first; of very many only the newest are counted."""
+    newest: dict[tuple[str, str | None], tuple[int, str, dict[str, Any]]] = {}
+    seen: dict[tuple[str, str | None], int] = {}
+    for type_, at, entry_id, payload in connection.execute(ALERTS, (since_us, ALERTS_SEEN_MAX)):
+        data = _decode_envelope(payload).data if payload is not None else {}
+        sink = data.get("sink")
+        about = (type_, sink if isinstance(sink, str) else None)
+        newest.setdefault(about, (at, entry_id, data))
+        seen[about] = seen.get(about, 0) + 1
+    return [
+        AlertSeen(type_, sink, at, entry_id, seen[type_, sink], data)
+        for (type_, sink), (at, entry_id, data) in newest.items()
+    ]
+
+
+def dead_seen(connection: sqlite3.Connection) -> DeadSeen:
+    """Why rows are dead; of very many only the newest are looked at."""
+    reasons: dict[str, str | None] = {}
+    aside: dict[str, SetAside] = {}
+    rows: dict[str, int] = {}
+    for sink, reason, kind, entry_id, key, task_id in connection.execute(NEWEST_DEAD, (DEAD_SEEN_MAX,)):
+        if kind == "broken":
+            aside.setdefault(entry_id, SetAside(entry_id, key, task_id, reason or ""))
+            rows[sink] = rows.get(sink, 0) + 1
+        else:
+            reasons.setdefault(sink, reason)
+    return DeadSeen(reasons, list(aside.values()), rows)
 
 
 def oldest_open(connection: sqlite3.Connection, sink: str) -> int | None:

@@ -53,16 +53,10 @@ def look(connection: sqlite3.Connection) -> SinksSeen:
 
 
 def names_of(room: Room, seen: SinksSeen) -> list[str]:
-    """All in the config and all with rows; `rejected` only when something is wrong with it."""
-    wrong = {sink for sink, states in seen.sums.items() if set(states) - {"delivered", "dropped"}}
-    names = {
-        COMPLETIONS,
-        *room.box.settings.sinks,
-        *(seen.sums.keys() - {REJECTED}),
-        *(wrong & {REJECTED}),
-        *seen.words,
-    }
-    return sorted(names)
+    """All in the config, all that a person has disabled, and of the others (`rejected`, those no longer in the config) those
+    with rows that are not at their end: to send, held or dead."""
+    unfinished = {sink for sink, states in seen.sums.items() if states.keys() - {"delivered", "dropped"}}
+    return sorted({COMPLETIONS, *room.box.settings.sinks, *unfinished, *seen.words})
 
 
 def sink_view(room: Room, name: str, seen: SinksSeen, now_us: int) -> dict[str, Any]:
@@ -170,7 +164,8 @@ async def disable_sink(call: Call) -> web.StreamResponse:
         return word is not None
 
     changed = await room.box.journal.commit(unit)
-    room.box.log.info("sink_disabled", sink=name, by="person", uid=uid)
+    if changed:
+        room.box.log.info("sink_disabled", sink=name, by="person", uid=uid)
     return answer({"sink": name, "disabled": True, "changed": changed})
 
 
@@ -178,19 +173,20 @@ async def enable_sink(call: Call) -> web.StreamResponse:
     known_fields(await call.body(), ())
     room, name, uid = call.room, call.part("name"), _uid(call)
     seen = await room.box.journal.read(look)
-    if not is_text(name) or name not in names_of(room, seen):
+    if not is_text(name) or name not in {*names_of(room, seen), *seen.sums}:
         raise NoSuchSink(f"there is no sink {name[:64]!r}, and no row of one", sink=name[:64])
 
-    def unit(tx: Transaction) -> bool:
+    def unit(tx: Transaction) -> tuple[bool, int]:
         tx.after_commit(lambda: _tell_enabled(room, name))
-        return parking.enable(tx, name, uid)
+        return parking.enable(tx, name, uid), parking.held_by_it(tx, name)
 
-    changed = await room.box.journal.commit(unit)
+    changed, releasing = await room.box.journal.commit(unit)
     if name not in room.parts.delivery.runners:  # nobody else releases them
         while await room.box.journal.commit(lambda tx: parking.release_disabled(tx, name)) >= ROWS_A_COMMIT:
             pass
-    room.box.log.info("sink_enabled", sink=name, by="person", uid=uid)
-    return answer({"sink": name, "disabled": False, "changed": changed})
+    if changed:
+        room.box.log.info("sink_enabled", sink=name, by="person", uid=uid)
+    return answer({"sink": name, "disabled": False, "changed": changed, "releasing": releasing})
 
 
 def _tell_disabled(room: Room, name: str, word: Word) -> None:
@@ -202,7 +198,7 @@ def _tell_disabled(room: Room, name: str, word: Word) -> None:
 def _tell_enabled(room: Room, name: str) -> None:
     runner = room.parts.delivery.runners.get(name)
     if runner is not None:
-        runner.enable(release=True)
+        runner.enable()
 
 
 def _uid(call: Call) -> int | None:
@@ -219,7 +215,12 @@ def _uid(call: Call) -> int | None:
 _MISSING: Final = {404: "no_such_sink", 409: "illegal_transition"}
 _REASON: Final = {"type": "object", "properties": {"reason": {"type": "string"}}}
 ROUTES: Final = (
-    Route("GET", "/v1/sinks", "All sinks, also those no longer in the config that have rows.", list_sinks),
+    Route(
+        "GET",
+        "/v1/sinks",
+        "All sinks, also those no longer in the config that have rows to send, held or dead.",
+        list_sinks,
+    ),
     Route(
         "POST",
         "/v1/sinks/{name}/test",

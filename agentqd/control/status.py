@@ -12,8 +12,8 @@ import msgspec
 from aiohttp import web
 
 from agentqd.control import queries, sinks
-from agentqd.control.attention import attention
-from agentqd.control.queries import AlertSeen, Counts
+from agentqd.control.attention import Journaled, attention
+from agentqd.control.queries import AlertSeen, Counts, DeadSeen
 from agentqd.control.reasons import reasons_by_queue
 from agentqd.control.room import Room
 from agentqd.control.route import Call, Route, answer
@@ -45,6 +45,7 @@ class Seen(msgspec.Struct):
     oldest_ready: dict[str, int | None]
     sinks: SinksSeen
     alerts: list[AlertSeen]
+    dead: DeadSeen
     sources: list[tuple[str, int, int, int, str]]
     limits: dict[str, RunnerLimit]
     limited: dict[str, str]  # by runner: a task that waits for its limit
@@ -73,6 +74,7 @@ def look(connection: sqlite3.Connection, now_us: int) -> Seen:
         oldest_ready={queue: queries.oldest_ready(connection, queue) for queue in ready},
         sinks=sinks.look(connection),
         alerts=queries.alerts_since(connection, now_us - ALERTS_OF_US),
+        dead=queries.dead_seen(connection),
         sources=connection.execute(queries.SOURCES).fetchall(),
         limits=limits,
         limited={
@@ -113,7 +115,7 @@ async def status_view(room: Room) -> dict[str, Any]:
         "intake": _intake(room, seen),
         "disk": _disk(room),
     }
-    view["attention"] = attention(room, view, seen.stopping_since, now)
+    view["attention"] = attention(room, view, Journaled(seen.stopping_since, seen.alerts, seen.dead), now)
     return view
 
 
@@ -218,6 +220,7 @@ def _alert(alert: AlertSeen) -> dict[str, Any]:
     return {
         "at": format_time(alert.at),
         "type": alert.type,
+        "sink": alert.sink,
         "task_id": alert.data.get("task_id"),
         "message": alert.data.get("message"),
         "count": alert.count,

@@ -1,24 +1,24 @@
 """Rules of the config between sinks, and between sinks and what leads to them. Pure.
 
 1. No two file sinks write one file: each finds its own lines by where they stand.
-2. No file sink writes into the daemon's state folder (`in_state`, where the folder is known): its files are agentqd's own.
-3. An email sink without `to` is for entries that address themselves; nothing that says no address may lead there.
+2. No file sink writes to a file of the daemon's own, or into its folders (`in_state`, where the state folder is known).
+3. An email sink without `to` is for entries that address themselves; alerts, which never do, may not lead there.
 4. A route leads somewhere, and none of its match can fit nothing.
 """
 
 from __future__ import annotations
 
 import os.path
+import re
 from collections.abc import Callable, Iterator
-from fnmatch import fnmatchcase
 from typing import Final
 
 from agentqd.core.config_problem import Problem
-from agentqd.core.lifecycle import Result
-from agentqd.core.settings import Defaults, Match, Settings
+from agentqd.core.settings import Match, Settings
 
-Key = tuple[str | int, ...]
-_NOT_ENTRIES: Final = (*(f"agentq.task.{each.value}" for each in Result), "agentq.alert.any")
+_OWN: Final = re.compile(
+    r"queue$|tasks$|prompts$|blobs$|completions[.-]|journal\.db|state_id|.*\.lock$|reserve|\."
+)
 
 
 def check_places(settings: Settings) -> Iterator[Problem]:
@@ -49,10 +49,11 @@ def in_state(
         if sink.type != "file" or sink.path is None:
             continue
         path = real(sink.path)
-        if path == folder or path.startswith(folder.rstrip("/") + "/"):
+        below = path.removeprefix(folder.rstrip("/") + "/").split("/")[0] if path != folder else folder
+        if path == folder or (below != path and _OWN.match(below)):
             yield Problem(
                 ("sinks", name, "path"),
-                f"{sink.path!r} lies in the state folder {state}, whose files are agentqd's own; choose a path outside of it",
+                f"{sink.path!r} is agentqd's own: {below} of the state folder {state}; choose another path",
             )
 
 
@@ -74,42 +75,10 @@ def _nobody_to_mail(settings: Settings) -> Iterator[Problem]:
     nobody = {name for name, sink in settings.sinks.items() if sink.type == "email" and not sink.to}
     if not nobody:
         return
-    leads: list[tuple[Key, list[str], str]] = [
-        (("alerts", "deliver_to"), settings.alerts.deliver_to, "alerts name"),
-        *(
-            ((*key, "deliver_to"), defaults.deliver_to or [], "results name")
-            for key, defaults in _all_defaults(settings)
-        ),
-        *(
-            (("routes", n, "deliver_to"), route.deliver_to, "results and alerts name")
-            for n, route in enumerate(settings.routes)
-            if _takes_more_than_entries(route.match)
-        ),
-    ]
-    for key, names, what in leads:
-        for name in names:
-            if name in nobody:
-                only = "" if key[0] != "routes" else ", or let the route match only type: agentq.task.entry"
-                yield Problem(
-                    key,
-                    f"leads to the email sink {name}, which has no `to`, and {what} nobody: each would be a dead letter;"
-                    f" give sinks.{name} a `to`{only}",
-                )
-
-
-def _all_defaults(settings: Settings) -> Iterator[tuple[Key, Defaults]]:
-    yield ("defaults",), settings.defaults
-    for name, queue in settings.queues.items():
-        yield ("queues", name, "defaults"), queue.defaults
-    for name, runner in settings.runners.items():
-        yield ("runners", name, "defaults"), runner.defaults
-
-
-def _takes_more_than_entries(match: Match) -> bool:
-    if match.type is None:
-        return True
-    patterns = [match.type] if isinstance(match.type, str) else match.type
-    return any(
-        pattern.startswith("agentq.alert.") or any(fnmatchcase(each, pattern) for each in _NOT_ENTRIES)
-        for pattern in patterns
-    )
+    for name in settings.alerts.deliver_to:
+        if name in nobody:
+            yield Problem(
+                ("alerts", "deliver_to"),
+                f"leads to the email sink {name}, which has no `to`, and alerts name nobody: each would be a dead letter;"
+                f" give sinks.{name} a `to`",
+            )

@@ -18,7 +18,7 @@ from agentqd.core.settings import Sink as SinkSettings
 from agentqd.loops import sinkmemory
 from agentqd.loops.box import Box, Signal
 from agentqd.loops.gate import IDLE_MAX_S
-from agentqd.loops.sinkmemory import SinkMemory
+from agentqd.loops.sinkmemory import SinkMemory, Word
 from agentqd.loops.sinkrunner import SinkRunner
 from agentqd.sinks.base import Context, Exec
 from agentqd.storage.outbox import DueRow
@@ -53,11 +53,17 @@ class DeliveryLoop:
             tx.after_commit(lambda: self._offer(given, fresh))
 
     def _enable(self, tx: Transaction, sent_again: list[str]) -> None:
-        """A person who has rows of a disabled sink sent again enables it."""
+        """A person who has rows of a sink that its receiver has disabled sent again enables it, and all that is held because of
+        that goes on: nobody would release the others. (What a person has disabled, `sink enable` alone does. A `no` that is
+        not in the journal yet stands: rows that are released just then were held because of an earlier one.)"""
         for name in sent_again:
             runner = self.runners.get(name)
-            if runner is not None and runner.disabled_by_receiver:
+            if runner is None or not runner.disabled_by_receiver:
+                continue
+            kept = sinkmemory.load_all(tx, name)
+            if kept.memory.disabled is not None and not kept.word.off:
                 sinkmemory.save(tx, name, SinkMemory())
+                sinkmemory.save_word(tx, name, Word(releasing=True))
                 tx.event(None, "sink_enabled", sink=name)
                 tx.after_commit(runner.enable)
 

@@ -20,6 +20,9 @@ _OPEN_ROWS: Final = "SELECT entry_seq, state, attempts FROM outbox WHERE sink = 
 _HELD_ROWS: Final = (
     "SELECT entry_seq FROM outbox WHERE state = 'held' AND sink = ? AND substr(last_error, 1, ?) = ? LIMIT ?"
 )
+_HELD_COUNT: Final = (
+    "SELECT count(*) FROM outbox WHERE state = 'held' AND sink = ? AND substr(last_error, 1, ?) = ?"
+)
 _WAKE: Final = (
     "UPDATE outbox SET due_at = ? WHERE sink = ? AND entry_seq IN (SELECT entry_seq FROM outbox"
     " WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at > ? ORDER BY due_at LIMIT ?)"
@@ -47,6 +50,12 @@ def hold_open(tx: Transaction, sink: str, in_flight: frozenset[int]) -> int:
     if held:
         tx.event(None, "sink_rows_held", sink=sink, count=held)
     return held
+
+
+def held_by_it(tx: Transaction, sink: str) -> int:
+    """How many rows are held because the sink was disabled: those that `release_disabled` lets go on."""
+    (count,) = tx.one(_HELD_COUNT, (sink, len(DISABLED), DISABLED))
+    return int(count)
 
 
 def release_disabled(tx: Transaction, sink: str) -> int:
@@ -86,7 +95,7 @@ def disable(tx: Transaction, sink: str, reason: str, uid: int | None) -> Word | 
 def enable(tx: Transaction, sink: str, uid: int | None) -> bool:
     """Whoever has disabled it: it is enabled, its breaker closed, and what was held because of it is to be released.
 
-    True if it was disabled. (Also one that was not: rows may be held from before, when it was enabled by a retry of some.)
+    True if it was disabled. (Also one that was not: a release may be under way.)
     """
     was = sinkmemory.load_all(tx, sink).why_disabled is not None
     sinkmemory.save(tx, sink, SinkMemory())

@@ -30,7 +30,7 @@ from agentqd.loops.backlog import Backlog, OrderedBacklog
 from agentqd.loops.box import Box, Signal
 from agentqd.loops.gate import Gate
 from agentqd.loops.marking import mark_for, mark_found
-from agentqd.loops.notices import tell_notices
+from agentqd.loops.notices import tell_notices, tell_open_secrets
 from agentqd.loops.recording import Answered, Recorder
 from agentqd.loops.sending import Unfit, send
 from agentqd.loops.sinkmemory import Kept, SinkMemory, Word
@@ -69,6 +69,7 @@ class SinkRunner:
         self.last_error: str | None = None
         self.is_open = False
         self.delivered, self.failed = Tally(), Tally()  # tries, since this runner began
+        self.delivered_us: int | None = None  # when something last arrived, likewise
         self.began_us = box.clock.now_us()
         self._draw = draw
         context = Context(name, settings, box.folders.state, exec_, box.clock.now_us)
@@ -138,14 +139,13 @@ class SinkRunner:
         self._hold_all()
         self.kick.set()
 
-    def enable(self, *, release: bool = False) -> None:
-        """A person has had rows of a disabled sink sent again, or all (`release`); the journal knows it already."""
+    def enable(self) -> None:
+        """A person's word; the journal knows it already. All that is held because it was disabled goes on."""
         self.gate.enable()
         self._said = self.gate.word
         self._kept = SinkMemory()
         self._chores.clear()
-        if release:
-            self._release_all()
+        self._release_all()
         self.backlog.forget()
         self.kick.set()
 
@@ -233,6 +233,7 @@ class SinkRunner:
             if found:
                 await self.box.journal.commit(functools.partial(mark_found, sink=self.name, found=found))
             self.is_open = True
+            tell_open_secrets(self.box, self.name, self.settings)
             return
 
     def _read_kept(self, connection: sqlite3.Connection) -> tuple[int, Kept]:
@@ -327,6 +328,8 @@ class SinkRunner:
         troubles = [each for each in outcomes if type(each) is not Delivered]
         self.delivered.add(now, len(outcomes) - len(troubles))
         self.failed.add(now, len(troubles))
+        if len(troubles) < len(outcomes):
+            self.delivered_us = self.box.clock.now_us()
         deferred = [each for each in troubles if isinstance(each, Deferred)]
         if any(each.connection for each in deferred):
             gate.breaker.failed(now, self._draw())

@@ -26,12 +26,20 @@ def secret(path: str) -> str:
     """The first line of a file that holds one secret, as it stands but for its line end.
 
     `path` is absolute or begins with `$CREDENTIALS_DIRECTORY/`. Raises ConfigError, which names the file and what to do and
-    never its content: missing, unreadable, no regular file, open to every user, too long, not UTF-8, empty.
+    never its content: missing, unreadable, no regular file, too long, not UTF-8, empty.
     """
     line = _read(path).split("\n", maxsplit=1)[0].removesuffix("\r")
     if not line:
         raise ConfigError(f"the secret file {place(path)} is empty")
     return line
+
+
+def open_to_all(path: str) -> bool:
+    """May every user of this machine read or write it? It is used all the same; the daemon says so."""
+    try:
+        return bool(os.stat(place(path)).st_mode & 0o006)
+    except (OSError, ValueError, ConfigError):
+        return False  # whoever reads it hears why not
 
 
 def _read(path: str) -> str:
@@ -44,8 +52,6 @@ def _read(path: str) -> str:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"the secret file {found} is no regular file")
-        if status.st_mode & 0o007:
-            raise ConfigError(f"the secret file {found} is open to every user of this machine; chmod 600 it")
         content = os.read(descriptor, BYTES_MAX + 1)
     except OSError as error:
         raise ConfigError(f"the secret file {found} cannot be read: {_why(error)}") from error

@@ -80,7 +80,7 @@ def a_status(**changes: Any) -> dict[str, Any]:
         "attention": [
             {"level": "warning", "text": "queue slow is paused", "fix": "agentqctl resume slow"},
             {"level": "error", "text": "1 delivery is dead: hook: connect to https://example.org/hook: connection refused",
-             "fix": "agentqctl outbox retry ALL --sink hook"},
+             "fix": "agentqctl outbox list --sink hook --state dead"},
         ],
         "running": [{"id": "06f3h8v2k1abcdefghjk", "task": "rewrite the parser so that it reads everything in one pass", "pid": 4242,
                      "attempt": 1, "started_at": NOW, "running_s": 125.0, "deadline_in_s": 3475.0, "queue": "default"}],
@@ -105,6 +105,7 @@ class StandIn:
         self.rows: list[dict[str, Any]] = []
         self.sinks: list[dict[str, Any]] = [a_sink()]
         self.outcome = "delivered"
+        self.retry_after_s: float | None = None
         self.completions: list[dict[str, Any]] = []
         self.acknowledged: dict[str, int] = {}
         self.output: dict[int, bytes] = {}
@@ -230,6 +231,8 @@ class StandIn:
             if body.get("all")
             else sum(row["delivery_id"] in body["delivery_ids"] for row in self.rows)
         )
+        if not count and "delivery_ids" in body:
+            return error(404, "no_such_delivery", f"there is no delivery {body['delivery_ids'][0]!r}")
         if body.get("dry_run"):
             return web.json_response({"changed": 0, "would_change": count})
         return web.json_response({"changed": count, **({"kept": 1} if rest == ["move"] else {})})
@@ -244,7 +247,7 @@ class StandIn:
         if verb == "test":
             return web.json_response({
                 "sink": name, "type": "webhook", "delivery_id": "d9", "outcome": self.outcome, "detail": "HTTP 200 \x1b[31m",
-                "retry_after_s": None, "took_s": 0.2,
+                "retry_after_s": self.retry_after_s, "took_s": 0.2,
             })  # fmt: skip
         return web.json_response({"sink": name, "disabled": verb == "disable", "changed": True})
 

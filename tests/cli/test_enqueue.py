@@ -14,6 +14,7 @@ from agentqd.core.errors import InvalidTask, RefusedForNow
 from agentqd.core.folders import Folders
 
 from .conftest import Ctl
+from .standin import StandIn
 
 
 def lines_of(path: str) -> list[bytes]:
@@ -21,6 +22,37 @@ def lines_of(path: str) -> list[bytes]:
         content = file.read()
     assert content.endswith(b"\n")
     return content[:-1].split(b"\n")
+
+
+def unnamed(ctl: Ctl) -> None:
+    """No state folder is named; only the socket will be."""
+    ctl.env |= {"AGENTQD_STATE_DIR": "", "AGENTQD_RUNTIME_DIR": ""}
+
+
+def test_of_a_running_daemon_only_the_socket_needs_to_be_named(ctl: Ctl, daemon: StandIn) -> None:
+    unnamed(ctl)
+    daemon.status["daemon"]["state_dir"] = ctl.state
+    done = ctl("--socket", ctl.socket, "enqueue", stdin=b'{"task":"a","id":"x"}')
+    assert (done.code, done.out, done.err) == (0, "x\n", "")
+    assert lines_of(ctl.queue_file) == [b'{"task":"a","id":"x"}']
+
+
+def test_a_socket_that_leads_to_another_machine_is_no_way_to_its_queue_file(
+    ctl: Ctl, daemon: StandIn
+) -> None:
+    unnamed(ctl)
+    daemon.status["daemon"]["state_dir"] = f"{ctl.root}/elsewhere"
+    done = ctl("--socket", ctl.socket, "enqueue", "--json", stdin=b'{"task":"a"}')
+    assert done.code != 0
+    assert "no queue folder on this machine" in done.json["message"]
+    assert not os.path.exists(f"{ctl.root}/elsewhere")
+
+
+def test_of_a_daemon_that_is_off_the_socket_alone_does_not_say_where_the_queue_file_is(ctl: Ctl) -> None:
+    unnamed(ctl)
+    done = ctl("--socket", ctl.socket, "enqueue", "--json", stdin=b'{"task":"a"}')
+    assert (done.code, done.json["error"]) == (69, "unreachable")
+    assert "give --state-dir too" in done.json["message"]
 
 
 def test_lines_with_an_id_are_appended_as_they_were_written(ctl: Ctl) -> None:

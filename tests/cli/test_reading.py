@@ -153,6 +153,21 @@ def test_status_of_a_young_daemon_without_a_supervisor_is_drawn_too(ctl: Ctl, da
     assert "no supervisor" in out
 
 
+def test_status_counts_in_words_that_fit_and_shows_what_is_held_only_if_something_is(
+    ctl: Ctl, daemon: StandIn
+) -> None:
+    daemon.status["intake"]["rejected"] = 1
+    page = ctl("status").out
+    assert "1 line rejected" in page
+    assert "HELD" not in page
+    daemon.status["intake"]["rejected"] = 2
+    daemon.status["sinks"]["hook"]["held"] = 17
+    page = ctl.on_terminal("status", columns=140).out
+    assert "2 lines rejected" in page
+    assert "HELD" in page
+    assert "17" in page
+
+
 def test_status_watch_goes_on_until_it_is_interrupted(ctl: Ctl, daemon: StandIn) -> None:
     import signal
 
@@ -217,7 +232,7 @@ def test_outbox_drop_needs_explicit_ids_or_the_word_all(ctl: Ctl, daemon: StandI
         {"delivery_ids": ["d1"], "sink": "hook"},
         {"all": True, "state": "dead"},
     ]
-    assert ctl("outbox", "retry", "unknown").code == 1
+    assert ctl("outbox", "retry", "unknown").code == 66
 
 
 @pytest.mark.parametrize(

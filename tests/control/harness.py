@@ -237,6 +237,7 @@ def fake_runner(*in_flight: int, last_error: str | None = None) -> Any:
     return SimpleNamespace(
         in_flight=set(in_flight),
         last_error=last_error,
+        delivered_us=None,
         disabled_by_receiver=False,
         rates=lambda: {"delivered_last": None, "failed_last": None, "counted_since": None},
         health=lambda: {"breaker": "closed"},

@@ -74,7 +74,6 @@ async def test_a_person_holds_releases_retries_and_drops_rows(
     for _ in range(5):
         await daemon.run_to_end()
     assert await daemon.post("/v1/outbox/hold", {"all": True}) == {"changed": 5}
-    assert await daemon.post("/v1/outbox/release", {"all": True, "sink": "nope"}) == {"changed": 0}
     assert await daemon.post("/v1/outbox/release", {"all": True, "state": "held"}) == {"changed": 5}
     await daemon.deliver(event=RowEvent.REJECTED, error="no")
     assert (await daemon.get("/v1/outbox", state="dead"))["rows"][0]["last_error"] == "no"
@@ -85,8 +84,82 @@ async def test_a_person_holds_releases_retries_and_drops_rows(
     }  # delivered ones only by name
     assert await daemon.post("/v1/outbox/drop", {"all": True}) == {"changed": 0}
     ids = [row["delivery_id"] for row in (await daemon.get("/v1/outbox"))["rows"]]
-    assert await daemon.post("/v1/outbox/retry", {"delivery_ids": [*ids, "dnope"]}) == {"changed": 5}
+    assert await daemon.post("/v1/outbox/retry", {"delivery_ids": [*ids, "dnope"]}) == {
+        "changed": 5,
+        "unknown": ["dnope"],
+    }
     assert await daemon.post("/v1/outbox/drop", {"all": True}) == {"changed": 5}
+
+
+async def _states(daemon: Daemon) -> dict[str, str]:
+    return {row["sink"]: row["state"] for row in (await daemon.get("/v1/outbox"))["rows"]}
+
+
+@pytest.mark.parametrize("settings", [TWO_SINKS])
+async def test_a_retry_by_id_leaves_alone_what_is_delivered_unless_all_of_it_is(daemon: Daemon) -> None:
+    await daemon.run_to_end(deliver_to=["out"])
+    ids = [(await daemon.get("/v1/outbox"))["rows"][0]["delivery_id"]]
+    await daemon.deliver("completions")
+    body = {"delivery_ids": ids}
+    assert await daemon.post("/v1/outbox/retry", body) == {"changed": 0}  # out waits for its first try
+    await daemon.deliver("out", RowEvent.REJECTED, "no")
+    dry = body | {"dry_run": True}
+    assert await daemon.post("/v1/outbox/retry", dry) == {"changed": 0, "would_change": 1}
+    assert await daemon.post("/v1/outbox/retry", body) == {"changed": 1}
+    assert await _states(daemon) == {"completions": "delivered", "out": "pending"}
+    assert await daemon.post("/v1/outbox/retry", body | {"state": "delivered"}) == {"changed": 1}
+    await daemon.deliver("completions")
+    assert await daemon.post("/v1/outbox/retry", body | {"sink": "completions"}) == {"changed": 1}
+    await daemon.deliver("completions")
+    await daemon.deliver("out")
+    assert await daemon.post("/v1/outbox/retry", body) == {"changed": 2}
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["not_allowed: x", "no_such_sink: x", "malformed: x", "incomplete", "too_large: 9 bytes"],
+)
+async def test_a_retry_of_all_leaves_what_cannot_be_sent_as_it_is_and_counts_it(
+    daemon: Daemon, reason: str
+) -> None:
+    await daemon.run_to_end()
+    await daemon.deliver(event=RowEvent.REJECTED, error=reason)
+    await daemon.run_to_end()
+    await daemon.deliver(event=RowEvent.REJECTED, error="HTTP 400")
+    dry = {"all": True, "dry_run": True}
+    assert await daemon.post("/v1/outbox/retry", dry) == {"changed": 0, "would_change": 1, "left": 1}
+    assert await daemon.post("/v1/outbox/retry", {"all": True}) == {"changed": 1, "left": 1}
+    assert await daemon.post("/v1/outbox/retry", {"all": True, "state": "dead"}) == {"changed": 0, "left": 1}
+    (row,) = (await daemon.get("/v1/outbox", state="dead"))["rows"]
+    assert row["last_error"] == reason
+    assert await daemon.post("/v1/outbox/retry", {"delivery_ids": [row["delivery_id"]]}) == {"changed": 1}
+
+
+async def test_a_retry_that_finds_nothing_dead_says_what_waits(daemon: Daemon) -> None:
+    await daemon.run_to_end()
+    await daemon.deliver(event=RowEvent.DEFERRED, error="no route")
+    body = {"all": True, "sink": "completions"}
+    assert await daemon.post("/v1/outbox/retry", body) == {"changed": 0, "waiting": {"retryable": 1}}
+    assert await daemon.post("/v1/outbox/retry", body | {"state": "retryable"}) == {"changed": 1}
+
+
+async def test_rows_of_a_sink_or_an_id_that_nobody_knows_are_an_error(daemon: Daemon) -> None:
+    await daemon.run_to_end()
+    for verb in ("retry", "hold", "release", "drop"):
+        for more in ({}, {"dry_run": True}):
+            url, all_of = f"/v1/outbox/{verb}", {"all": True, "sink": "hok", **more}
+            said = await daemon.fails("POST", url, 404, "no_such_sink", json=all_of)
+            assert "no sink 'hok'" in said["message"]
+            by_id = {"delivery_ids": ["dnope"], **more}
+            said = await daemon.fails("POST", url, 404, "no_such_delivery", json=by_id)
+            assert "no delivery 'dnope'" in said["message"]
+
+
+@pytest.mark.parametrize("settings", [TWO_SINKS])
+async def test_a_move_from_a_sink_that_nobody_knows_is_an_error(daemon: Daemon) -> None:
+    body = {"all": True, "from": "hok", "to": "out"}
+    for more in ({}, {"dry_run": True}):
+        await daemon.fails("POST", "/v1/outbox/move", 404, "no_such_sink", json=body | more)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,10 @@ async def test_the_list_says_of_each_sink_what_keeps_it_and_what_waits(
     )
     assert out["delivered_last"] == {"1m": 2, "5m": 2, "1h": 2}
     assert out["counted_since"] is not None
+    assert (
+        delivering.delivery.runners["out"].delivered_us is not None
+    )  # what ends an alert that nothing is sent
+    assert delivering.delivery.runners["away"].delivered_us is None
     away = (await sinks(daemon))["away"]
     assert away["backlog"]["pending"] + away["backlog"]["retryable"] + away["backlog"]["delivering"] == 2
     assert str(root / "away") in away["last_error"]
@@ -148,14 +152,51 @@ async def test_disable_and_enable_say_what_they_did_and_who_it_was(delivering: D
     assert (sink["breaker"], sink["disabled_by"]) == ("disabled", "person")
     assert sink["disabled"] == f"by a person (uid {os.getuid()}): it is full"
     (item,) = [
-        item for item in (await daemon.get("/v1/status"))["attention"] if "out is disabled" in item["text"]
+        item for item in (await daemon.get("/v1/status"))["attention"] if "out was disabled" in item["text"]
     ]
+    assert item["text"] == f"out was disabled {sink['disabled']}; 1 delivery is held"
     assert (item["level"], item["fix"]) == ("warning", "agentqctl sink enable out")
     assert not [alert for alert in (await daemon.get("/v1/status"))["alerts"] if "disabled" in alert["type"]]
     assert (await daemon.post("/v1/sinks/out/enable"))["changed"] is True
     await until_backlog(daemon, "out", delivered=1)
     assert (await daemon.post("/v1/sinks/out/enable"))["changed"] is False
     assert len(lines(root / "out.jsonl")) == 1
+    assert [event for event in daemon.log.events() if event in {"sink_disabled", "sink_enabled"}] == [
+        "sink_disabled",
+        "sink_enabled",
+    ]  # not of what was so before
+
+
+async def test_a_sink_that_is_no_longer_in_the_config_and_has_nothing_left_to_do_is_not_listed(
+    delivering: Daemon,
+) -> None:
+    daemon, old = delivering, delivering.box.settings
+    await daemon.run_to_end(deliver_to=["out"])
+    await until_backlog(daemon, "out", delivered=1)
+    daemon.box.apply(Settings(sinks={name: sink for name, sink in old.sinks.items() if name != "out"}))
+    await daemon.until(lambda: "out" not in daemon.delivery.runners)
+    assert "out" not in await sinks(daemon)
+    assert "out" not in (await daemon.get("/v1/status"))["sinks"]
+    assert (await daemon.post("/v1/sinks/out/enable"))["changed"] is False  # it has a row: it is known
+
+
+async def test_a_release_says_that_a_disabled_sink_keeps_its_rows(delivering: Daemon) -> None:
+    daemon = delivering
+    await daemon.post("/v1/sinks/out/disable")
+    await daemon.run_to_end(deliver_to=["out"])
+    await until_backlog(daemon, "out", held=1)
+    (row,) = (await daemon.get("/v1/outbox", sink="out"))["rows"]
+    for verb in ("release", "retry"):
+        for which in ({"all": True, "state": "held"}, {"delivery_ids": [row["delivery_id"]]}):
+            said = await daemon.post(f"/v1/outbox/{verb}", {"sink": "out", **which})
+            assert said == {"changed": 0, "stay_held": {"out": 1}}
+    assert (await daemon.post("/v1/outbox/hold", {"all": True, "sink": "out"})) == {"changed": 1}
+    said = await daemon.post("/v1/outbox/release", {"all": True, "sink": "out"})  # a person's no more
+    assert said == {"changed": 1, "stay_held": {"out": 1}}
+    await until_backlog(daemon, "out", held=1)
+    said = await daemon.post("/v1/sinks/out/enable")
+    assert (said["changed"], said["releasing"]) == (True, 1)
+    await until_backlog(daemon, "out", delivered=1)
 
 
 async def test_what_cannot_be_disabled_tested_or_found_is_refused_with_its_reason(delivering: Daemon) -> None:

@@ -13,7 +13,7 @@ from agentqd.core.errors import ConfigError
 from agentqd.core.outbox import RowEvent
 from agentqd.core.settings import Queue, Settings, Sink
 from agentqd.loops.alerts import alert
-from agentqd.storage import intents
+from agentqd.storage import intents, outbox
 
 from .harness import VERSION, Daemon, fake_runner
 
@@ -86,7 +86,7 @@ async def test_attention_names_each_trouble_with_its_fix(daemon: Daemon) -> None
         (match,) = [value for key, value in found.items() if text in key]
         return match
 
-    assert fix("the receiver said no") == "agentqctl outbox retry ALL --sink hook"
+    assert fix("the receiver said no") == "agentqctl outbox list --sink hook --state dead"
     assert fix("not delivered, the oldest") == "agentqctl outbox list --sink completions"
     assert fix("queue slow is paused (by the config)") is None
     assert fix("the supervisor runs version 1.0") is None
@@ -104,8 +104,8 @@ async def test_attention_names_each_trouble_with_its_fix(daemon: Daemon) -> None
     ("health", "text", "fix"),
     [
         ({"breaker": "disabled", "disabled": "410 Gone"}, "hook is disabled, its deliveries are held: 410 Gone", "sink enable hook"),
-        ({"breaker": "disabled", "disabled": "by a person", "disabled_by": "person"}, "hook is disabled, 0 deliveries are held, by a person", "sink enable hook"),
-        ({"breaker": "open", "next_probe_at": "2026-01-01T00:00:00.000Z"}, "left alone until 2026-01-01T00:00:00.000Z: no route", "outbox list --sink hook"),
+        ({"breaker": "disabled", "disabled": "by a person", "disabled_by": "person"}, "hook was disabled by a person; 0 deliveries are held", "sink enable hook"),
+        ({"breaker": "open", "next_probe_at": "2026-01-01T00:00:00.000Z"}, "left alone until 2026-01-01T00:00:00.000Z: no route", "sink test hook"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("settings", [Settings(sinks={"hook": Sink(type="file", path="/x/y")})])
@@ -115,6 +115,123 @@ async def test_a_sink_that_is_not_sent_to_is_named(daemon: Daemon, health: dict[
     (item,) = [each for each in (await daemon.get("/v1/status"))["attention"] if "hook" in each["text"]]
     assert text in item["text"]
     assert item["fix"] == f"agentqctl {fix}"
+
+
+@pytest.mark.parametrize(
+    ("health", "fix"),
+    [
+        ({"breaker": "closed"}, "outbox retry ALL --sink hook --state retryable"),
+        ({"breaker": "half_open"}, "sink test hook"),
+        ({"breaker": "closed", "rate_wait_s": 9.0}, "outbox list --sink hook"),
+    ],
+)
+@pytest.mark.parametrize("settings", [Settings(sinks={"hook": Sink(type="file", path="/x/y")})])
+async def test_what_is_not_delivered_for_long_comes_with_what_sends_it_now(
+    daemon: Daemon, health: dict[str, Any], fix: str
+) -> None:
+    await daemon.run_to_end(deliver_to=["hook"])
+    await daemon.deliver("hook", RowEvent.DEFERRED, "no route")
+    sql = "UPDATE outbox SET created_at = created_at - 600000000, due_at = created_at WHERE sink = 'hook'"
+    await daemon.journal.commit(lambda tx: tx.execute(sql))
+    daemon.delivery.runners["hook"] = runner = fake_runner(last_error="no route")
+    runner.health = lambda: health
+    (item,) = [each for each in (await daemon.get("/v1/status"))["attention"] if "hook" in each["text"]]
+    assert "not delivered, the oldest" in item["text"]
+    assert item["fix"] == f"agentqctl {fix}"
+
+
+TWO_SINKS = Settings(sinks={name: Sink(type="file", path="/x/y") for name in ("hook", "mail")})
+
+
+async def texts(daemon: Daemon) -> list[str]:
+    return [item["text"] for item in (await daemon.get("/v1/status"))["attention"]]
+
+
+@pytest.mark.parametrize("settings", [TWO_SINKS])
+async def test_an_alert_that_is_over_needs_no_attention_and_the_others_say_when_they_were(
+    daemon: Daemon,
+) -> None:
+    daemon.connect_supervisor()
+    daemon.delivery.runners["hook"] = fake_runner()
+
+    def unit(tx: Any) -> None:
+        alert(tx, daemon.box, "bad_config", "the edited config is not applied", key="1")
+        alert(tx, daemon.box, "disk_low", "intake has stopped", key="1")
+        alert(tx, daemon.box, "stuck", "its processes do not die", key="1")
+        for kind in ("sink_disabled", "dead_letter", "webhook_secret", "undelivered"):
+            alert(tx, daemon.box, kind, f"hook: {kind}", key="1", sink="hook")
+        alert(tx, daemon.box, "line_rejected", "not JSON", key="1")
+        alert(tx, daemon.box, "sink_file", "hook: it was replaced", key="1", sink="hook")
+        tx.execute("UPDATE entries SET at = at - 7200000000 WHERE kind = 'alert'")
+
+    await daemon.journal.commit(unit)
+    assert sorted(await texts(daemon)) == [
+        "line_rejected: 2h00m ago: not JSON",
+        "sink_file: 2h00m ago: hook: it was replaced",
+    ]
+    assert len((await daemon.get("/v1/status"))["alerts"]) == 9  # what happened is still told
+
+
+@pytest.mark.parametrize("settings", [TWO_SINKS])
+async def test_an_alert_of_one_sink_does_not_hide_anothers_and_ends_when_it_delivers(daemon: Daemon) -> None:
+    daemon.connect_supervisor()
+    for name in ("hook", "mail"):
+        daemon.delivery.runners[name] = fake_runner(last_error="cannot be signed")
+
+    def unit(tx: Any) -> None:
+        for n, name in enumerate(("hook", "mail", "mail")):
+            alert(tx, daemon.box, "webhook_secret", f"{name}: nothing is sent", key=str(n), sink=name)
+
+    await daemon.journal.commit(unit)
+    shown = {each["sink"]: each["count"] for each in (await daemon.get("/v1/status"))["alerts"]}
+    assert shown == {"hook": 1, "mail": 2}
+    assert len(found := await texts(daemon)) == 2
+    assert any("hook: nothing" in text for text in found)
+    daemon.delivery.runners["mail"].delivered_us = daemon.clock.now_us() + 1
+    (text,) = await texts(daemon)
+    assert "hook: nothing is sent" in text
+
+
+@pytest.mark.parametrize("settings", [TWO_SINKS])
+async def test_dead_rows_say_why_the_newest_of_them_died_also_after_a_send_that_went_well(
+    daemon: Daemon,
+) -> None:
+    daemon.delivery.runners["hook"] = fake_runner()
+    for reason in ("HTTP 500", "HTTP 413"):
+        await daemon.run_to_end(deliver_to=["hook"])
+        await daemon.deliver("hook", RowEvent.REJECTED, reason)
+    (text,) = [text for text in await texts(daemon) if "gave up" in text]
+    assert text == "2 deliveries to hook gave up and will not be sent again by itself: HTTP 413"
+
+
+@pytest.mark.parametrize("settings", [TWO_SINKS])
+async def test_an_entry_that_was_set_aside_is_named_once_however_many_sinks_it_was_for(
+    daemon: Daemon,
+) -> None:
+    task_id = await daemon.run_to_end()
+    daemon.delivery.runners["hook"] = fake_runner()
+
+    def unit(tx: Any) -> None:
+        seq = tx.one("SELECT seq FROM tasks WHERE id = ?", (task_id,))[0]
+        outbox.add_entry(
+            tx,
+            outbox.NewEntry(
+                "broken-1", seq, 1, 1, "broken", "mail.json", "agentq.task.entry", b"{}",
+                ["completions", "hook", "mail"], task_id=task_id, dead_reason="malformed: not JSON",
+            ),
+        )  # fmt: skip
+        alert(tx, daemon.box, "entry_malformed", "mail.json is not sent: malformed: not JSON", key="1")
+
+    await daemon.journal.commit(unit)
+    assert (await daemon.get("/v1/status"))["sinks"]["hook"]["dead"] == 1
+    (item,) = (await daemon.get("/v1/status"))["attention"]
+    assert item == {
+        "level": "error",
+        "text": f"an entry of task {task_id} ('mail.json') was set aside and is not sent: malformed: not JSON",
+        "fix": "agentqctl outbox show broken-1",
+    }
+    await daemon.post("/v1/outbox/drop", {"all": True})
+    assert await texts(daemon) == []
 
 
 async def test_a_task_that_does_not_die_is_named(daemon: Daemon) -> None:
@@ -192,6 +309,16 @@ async def test_metrics_are_prometheus_text(daemon: Daemon) -> None:
         assert line.startswith("#") or float(line.rsplit(" ", 1)[1]) >= 0
 
 
+async def test_doctor_sees_no_damage_in_a_journal_with_dependencies(daemon: Daemon) -> None:
+    """SQLite 3.40's quick_check does: a key of a WITHOUT ROWID table in another order than its columns."""
+    first = await daemon.submit()
+    await daemon.submit(after=[first])
+    (pages,) = [
+        each for each in (await daemon.get("/v1/doctor"))["checks"] if each["name"] == "journal pages"
+    ]
+    assert (pages["ok"], pages["message"]) == (True, "whole")
+
+
 async def test_doctor_finds_what_is_wrong_and_says_how_to_mend_it(daemon: Daemon) -> None:
     def by_name(answer: dict[str, Any]) -> dict[str, Any]:
         return {check["name"]: check for check in answer["checks"]}
@@ -211,6 +338,16 @@ async def test_doctor_finds_what_is_wrong_and_says_how_to_mend_it(daemon: Daemon
     assert sick["queue folder"]["fix"].startswith("chmod o-w ")
     assert (sick["sink completions"]["level"], sick["clock"]["level"]) == ("warning", "warning")
     assert sick["journal pages"]["ok"]
+
+
+async def test_doctor_has_dead_letters_looked_at_before_they_are_sent_again(daemon: Daemon) -> None:
+    """Among them may be what was not allowed."""
+    daemon.delivery.runners["completions"] = fake_runner()
+    await daemon.run_to_end()
+    await daemon.deliver(event=RowEvent.REJECTED, error="not_allowed: x")
+    (check,) = [each for each in (await daemon.get("/v1/doctor"))["checks"] if "completions" in each["name"]]
+    assert check["message"].startswith("1 dead letters; ")
+    assert check["fix"] == "agentqctl outbox list --sink completions --state dead"
 
 
 async def test_config_and_schema_and_reload(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:

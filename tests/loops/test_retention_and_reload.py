@@ -256,13 +256,15 @@ async def test_an_invalid_edit_keeps_the_old_settings_and_alerts_once(bench: Ben
     assert reload.last_error is None
 
 
-async def test_an_edit_that_writes_into_the_state_folder_is_refused(bench: Bench, config: Path) -> None:
+async def test_an_edit_that_writes_to_a_file_of_agentqd_itself_is_refused(bench: Bench, config: Path) -> None:
     reload = await _reload(bench, config)
     before = bench.box.settings
     config.write_text(f"sinks: {{s: {{type: file, path: {bench.box.folders.completions}}}}}\n")
-    with pytest.raises(ConfigError, match="lies in the state folder"):
+    with pytest.raises(ConfigError, match=r"is agentqd's own: completions\.jsonl"):
         await reload.now()
     assert bench.box.settings == before
+    config.write_text(f"sinks: {{s: {{type: file, path: {bench.box.folders.state}/results.jsonl}}}}\n")
+    assert await reload.now() is True
 
 
 async def test_a_config_that_vanishes_changes_nothing_and_is_told(bench: Bench, config: Path) -> None:

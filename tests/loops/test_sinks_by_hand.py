@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,7 +94,7 @@ async def disable(bench: Bench, loop: DeliveryLoop, name: str = "s") -> None:
 async def enable(bench: Bench, loop: DeliveryLoop, name: str = "s") -> None:
     def unit(tx: Any) -> None:
         assert parking.enable(tx, name, 7)
-        tx.after_commit(lambda: loop.runners[name].enable(release=True))
+        tx.after_commit(loop.runners[name].enable)
 
     await bench.do(unit)
 
@@ -417,7 +418,10 @@ async def test_two_dead_sinks_do_not_tell_each_other_of_each_other_for_ever(
             len(alerts) == 2
         )  # d1 is dead; so is the alert about it; that one is only kept, shown and logged
         shown = await bench.journal.read(lambda c: queries.alerts_since(c, 0))  # what `status` reads
-        assert [(each.type, each.count) for each in shown] == [("agentq.alert.dead_letter", 2)]
+        assert {(each.type, each.sink, each.count) for each in shown} == {
+            ("agentq.alert.dead_letter", "s", 1),
+            ("agentq.alert.dead_letter", "other", 1),
+        }
         assert len([event for event, _ in bench.log.lines if event == "alert"]) == 2
         rows = await bench.rows("SELECT sink, state FROM outbox ORDER BY entry_seq")
         assert rows == [("s", "dead"), ("other", "dead")]
@@ -467,3 +471,23 @@ async def test_a_row_that_is_sent_again_keeps_every_try_and_answer_from_before(
         await until_states(bench, delivered=1)
         tries = await bench.rows("SELECT n, outcome, reason FROM tries ORDER BY n")
         assert tries == [(1, "deferred", "later"), (2, "delivered", "250 queued"), (3, "rejected", "550 no"), (4, "delivered", None)]  # fmt: skip
+
+
+# Secrets that lie open.
+
+
+async def test_a_secret_file_that_everybody_may_read_is_told_once(
+    bench: Bench, plugs: Plugs, tmp_path: Path
+) -> None:
+    for name, mode in (("open", 0o644), ("closed", 0o640)):
+        (tmp_path / name).write_text("whsec_x")
+        (tmp_path / name).chmod(mode)
+    files = [str(tmp_path / "open"), str(tmp_path / "closed")]
+    apply(bench, s=Sink(type="webhook", url="http://127.0.0.1:9/", secret_file=files), other=PLAIN)
+    for _ in range(2):
+        async with delivering(bench) as loop:
+            await bench.until(lambda: loop.runners["s"].is_open)
+            await bench.do(lambda tx: None)
+    (told,) = await bench.alerts("secret_file")
+    assert f"{tmp_path}/open is open to every user" in told["message"]
+    assert "whsec" not in told["message"]

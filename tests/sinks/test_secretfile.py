@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from agentqd.core.errors import ConfigError
-from agentqd.sinks.secretfile import BYTES_MAX, secret, secret_lines
+from agentqd.sinks.secretfile import BYTES_MAX, open_to_all, secret, secret_lines
 
 
 def keep(path: Path, content: bytes, mode: int = 0o600) -> str:
@@ -44,7 +44,6 @@ def test_a_systemd_credential_is_found_by_its_name(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("content", "mode", "why"),
     [
-        (b"tops3cret", 0o604, "chmod 600"),
         (b"", 0o600, "empty"),
         (b"\ntops3cret", 0o600, "empty"),
         (b"tops3cret\xff", 0o600, "UTF-8"),
@@ -59,6 +58,14 @@ def test_what_cannot_be_used_is_refused_without_its_content(
     assert "tops3cret" not in caught.value.message
     assert caught.value.__cause__ is None
     assert str(tmp_path / "bad") in caught.value.message
+
+
+def test_a_secret_that_everybody_may_read_is_used_and_known(tmp_path: Path) -> None:
+    path = keep(tmp_path / "s", b"word", 0o644)
+    assert (secret(path), open_to_all(path)) == ("word", True)
+    (tmp_path / "s").chmod(0o640)
+    assert not open_to_all(path)
+    assert not open_to_all(str(tmp_path / "missing"))
 
 
 def test_what_is_no_file_is_refused_and_does_not_hang(tmp_path: Path) -> None:

@@ -182,16 +182,6 @@ async def test_what_cannot_be_signed_is_never_sent_and_told_once(
         assert len(sink.notices) == 2, "a new trouble is told anew"
 
 
-async def test_a_secret_that_everybody_may_read_signs_nothing(web: Receiver, tmp_path: Path) -> None:
-    keep_secret(tmp_path / "s")
-    (tmp_path / "s").chmod(0o644)
-    async with sink_to(web.url, secret_file=str(tmp_path / "s")) as sink:
-        outcome = await one(sink)
-    assert isinstance(outcome, Deferred)
-    assert "chmod 600" in outcome.reason
-    assert web.seen == []
-
-
 # What counts as delivered.
 
 

@@ -19,7 +19,8 @@ from agentqd.core.errors import InvalidTask
 def command(call: Call, file: str) -> int:
     """Append task objects to the queue file: JSON, one or many, from FILE or stdin. Prints their ids.
 
-    Nothing is written unless all of them are JSON objects. A line without an id gets one. Works with the daemon down.
+    Nothing is written unless all of them are JSON objects. A line without an id gets one. Works with the daemon down
+    (not if only --socket says which: then the daemon is asked where its queue file is).
     """
     lines = read_lines(_read(file))
     if not lines:

@@ -18,14 +18,14 @@ WAITING = ("pending", "delivering", "retryable")
 WINDOWS = ("1m", "5m", "1h")
 COLUMNS = (
     Column("SINK", flex=True),
-    Column("TYPE", drop=6),
+    Column("TYPE", drop=7),
     Column("STATE", flex=True),
     Column("WAITING", right=True),
-    Column("HELD", right=True, drop=5),
-    Column("DEAD", right=True, drop=4),
+    Column("HELD", right=True, drop=4),
+    Column("DEAD", right=True, drop=3),
     Column("OLDEST", right=True, drop=2),
-    Column("1m/5m/1h", right=True, drop=3),
-    Column("FAILED", right=True, drop=7),
+    Column("1m/5m/1h", right=True, drop=6),
+    Column("FAILED", right=True, drop=5),
     Column("AT ONCE", right=True, drop=8),
     Column("LAST ERROR", flex=True, drop=1),
 )
@@ -44,9 +44,9 @@ def _sink_verb(name: str) -> Callable[[Callable[..., Any]], click.Command]:
 
 @_sink_verb("list")
 def list_sinks(call: Call) -> int:
-    """All sinks, also those no longer in the config that have rows. Rates are tries since the daemon started or the sink was
-    edited: delivered (and FAILED) in the last minute, five minutes, hour. AT ONCE: sends now, of so many as its pace allows now (at
-    most ever)."""
+    """All sinks, also those no longer in the config that have rows to send, held or dead. Rates are tries since the daemon started
+    or the sink was edited: delivered (and FAILED) in the last minute, five minutes, hour. AT ONCE: sends now, of so many as its
+    pace allows now (at most ever)."""
     sinks = take(call.box.connection.get("sinks"), "sinks", list)
     if call.as_json:
         call.out.json(sinks)
@@ -83,7 +83,10 @@ def sink_state(sink: dict[str, Any]) -> Cell:
     """In words: what keeps it from sending, or that nothing does."""
     breaker = str(sink.get("breaker") or "closed")
     if breaker == "disabled":
-        return Cell(f"disabled {sink.get('disabled') or ''}".strip(), "warn")
+        between = (
+            " " if sink.get("disabled_by") == "person" else ": "
+        )  # "by a person ...", or what the receiver said
+        return Cell(f"disabled{between}{sink['disabled']}" if sink.get("disabled") else "disabled", "warn")
     if sink.get("in_config") is False:
         return Cell("not in the config", "warn")
     if breaker == "open":
@@ -108,7 +111,12 @@ def test(call: Call, name: str) -> int:
     else:
         style = {"delivered": "good", "deferred": "warn"}.get(outcome, "bad")
         said = f": {answer['detail']}" if answer.get("detail") else ""
-        call.out.lines(f"{outcome} in {duration(answer.get('took_s'))}{said}", style, hang="  ")
+        if answer.get("retry_after_s") is not None:
+            said += f" (it asks to be left alone for {duration(answer['retry_after_s'])})"
+        if outcome == "disabled":
+            said += " (a real delivery would disable the sink)"
+        word = "refused" if outcome == "disabled" else outcome
+        call.out.lines(f"{word} in {duration(answer.get('took_s'))}{said}", style, hang="  ")
         call.out.lines(f"{answer.get('delivery_id')} (agentq.test) to {name}", "dim")
     return {"delivered": 0, "deferred": EXIT_REFUSED_FOR_NOW}.get(outcome, EXIT_OTHER)
 
@@ -135,5 +143,8 @@ def _say(call: Call, answer: dict[str, Any]) -> int:
         call.out.json(answer)
         return 0
     what = "disabled" if answer.get("disabled") else "enabled"
-    call.out.line(f"{answer.get('sink')}  {what}" + ("" if answer.get("changed") else " (it was so before)"))
+    released = answer.get("releasing")
+    rows = f", {released} held row{'' if released == 1 else 's'} being released" if released else ""
+    before = "" if answer.get("changed") else " (it was so before)"
+    call.out.line(f"{answer.get('sink')}  {what}{before}{rows}")
     return 0
