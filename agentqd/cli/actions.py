@@ -28,10 +28,16 @@ def for_each(call: Call, names: Sequence[str], act: Callable[[str], dict[str, An
             continue
         answers.append(answer)
         if not call.as_json:
-            call.out.line(f"{name}  {outcome(answer)}")
+            call.out.line(f"{name}  {outcome(answer)}{_opened(answer)}")
     if call.as_json:
         call.out.json(answers[0] if len(names) == 1 else answers)
     return exit_code
+
+
+def _opened(answer: dict[str, Any]) -> str:
+    """A word for one task that lifts a usage limit lifts it for all."""
+    runner = answer.get("runner_opened")
+    return f"; runner {runner} is open again, its tasks start in their order" if runner else ""
 
 
 def act_on_tasks(call: Call, ids: Sequence[str], action: str) -> int:

@@ -11,6 +11,7 @@ from agentqd.control.queries import AlertSeen, DeadSeen
 from agentqd.control.room import Room
 from agentqd.core.routing import COMPLETIONS, REJECTED
 from agentqd.core.units import format_duration
+from agentqd.loops.link import silence_advice
 
 US: Final = 1_000_000
 UNDELIVERED_S: Final = 300.0
@@ -64,6 +65,9 @@ def _supervisor(room: Room, status: dict[str, Any]) -> Iterator[Item]:
     elif shown["version"] != room.parts.version:
         text = f"the supervisor runs version {shown['version']}, this daemon {room.parts.version}"
         yield _item("warning", text, "systemctl restart agentqd-supervisor" if under_systemd() else None)
+    if shown is not None and shown["silent_s"]:
+        text = f"the supervisor (pid {shown['pid']}) has not answered for {format_duration(shown['silent_s'])}; {silence_advice(shown['pid'])}"
+        yield _item("error", text)
     if status["daemon"]["draining"]:
         yield _item(
             "warning", "draining: nothing new is accepted over the socket or started", "agentqctl drain --off"
@@ -160,8 +164,11 @@ def _queues(room: Room, status: dict[str, Any]) -> Iterator[Item]:
 
 def _limits(status: dict[str, Any]) -> Iterator[Item]:
     for name, limit in status["runner_limits"].items():
-        text = f"the usage limit of runner {name} is reached; its tasks wait until {limit['until']}"
-        yield _item("warning", text, f"agentqctl retry {limit['task_id']}")
+        waits = limit["waiting_task_id"]
+        text = f"the usage limit of runner {name} is reached until {limit['until']}; no task waits for it"
+        if waits is not None:
+            text = f"the usage limit of runner {name} is reached; its tasks wait until {limit['until']}"
+        yield _item("warning", text, None if waits is None else f"agentqctl retry {waits}")
 
 
 def _alerts(room: Room, status: dict[str, Any], alerts: list[AlertSeen], now_us: int) -> Iterator[Item]:

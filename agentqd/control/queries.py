@@ -7,7 +7,7 @@ Functions take the reading connection.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -19,6 +19,7 @@ ALERTS_SEEN_MAX: Final = 1000
 PRIORITIES_SEEN_MAX: Final = 64
 OLDEST_SEEN_MAX: Final = 500
 ACTIVE_SEEN_MAX: Final = 1000
+LIMITED_SEEN_MAX: Final = 1000
 DEAD_SEEN_MAX: Final = 1000
 
 TASK_COLUMNS: Final = (
@@ -61,6 +62,11 @@ REASONS_RETRYABLE: Final = REASONS_BLOCKED.replace("state = 'blocked'", "state =
 READY_OF_RUNNER: Final = (
     "SELECT count(*) FROM (SELECT 1 FROM tasks WHERE state = 'queued' AND queue = ? AND runner = ? LIMIT ?)"
 )
+LIMITED_RETRYABLE: Final = (
+    "SELECT id FROM (SELECT id, runner FROM tasks WHERE state = 'retryable' AND state IN ('blocked', 'held', 'retryable')"
+    " AND queue > '' AND reason = 'usage_limit' LIMIT ?) WHERE runner = ? LIMIT 1"
+)
+LIMITED_READY: Final = "SELECT id FROM tasks WHERE state = 'queued' AND queue = ? AND runner = ? ORDER BY priority DESC, seq LIMIT 1"
 PAUSED: Final = "SELECT queue, at FROM paused_queues"
 SPEC: Final = "SELECT spec FROM tasks WHERE seq = ?"
 ALERTS: Final = "SELECT type, at, delivery_id, payload FROM entries WHERE kind = 'alert' AND at >= ? ORDER BY at DESC LIMIT ?"
@@ -114,6 +120,14 @@ CLAIM_COUNTS: Final = (
 )
 CONFLICT_COUNTS: Final = "SELECT policy, n FROM conflict_counts ORDER BY policy"
 SOURCES: Final = "SELECT name, dev, ino, offset, role FROM sources"
+
+
+def waits_for_limit(connection: sqlite3.Connection, runner: str, queues: Iterable[str]) -> str | None:
+    """The id of a task that waits for the usage limit of a runner: one that met it, else one that is ready in `queues`."""
+    row = connection.execute(LIMITED_RETRYABLE, (LIMITED_SEEN_MAX, runner)).fetchone()
+    for queue in sorted(queues) if row is None else ():
+        row = row or connection.execute(LIMITED_READY, (queue, runner)).fetchone()
+    return None if row is None else str(row[0])
 
 
 class Counts(NamedTuple):

@@ -149,9 +149,7 @@ def _told(
     if reason == USAGE_LIMIT:
         limit = seen.limits.get(task.runner)
         guess = "" if limit is None or limit.known else "; it does not say until when, so it is tried then"
-        text = (
-            f"the usage limit of runner {task.runner} is reached{guess}; agentqctl retry {task.id} tries now"
-        )
+        text = f"the usage limit of runner {task.runner} is reached{guess}; agentqctl retry {task.id} opens it again now"
         return {"runner": task.runner, "known": limit is None or limit.known}, text
     texts = {
         "queue_removed": f"its queue {task.queue} is no longer in the config: put it back, or cancel the task",
@@ -224,11 +222,14 @@ def _backoff(task: TaskRow, seen: SeenWaiting) -> tuple[dict[str, Any], str]:
 def _until(room: Room, task: TaskRow, written: Written, seen: SeenWaiting, reason: str) -> int | None:
     if reason == "start_time":
         return parse_time_us(written.not_before) if written.not_before else task.wake_at
+    limit = seen.limits.get(
+        task.runner
+    )  # a runner that is closed for longer than the task waits starts nothing
+    closed_until = None if limit is None else limit.until
     if task.state is State.RETRYABLE:
-        return task.wake_at
+        return max((at for at in (task.wake_at, closed_until) if at is not None), default=None)
     if reason == USAGE_LIMIT:
-        limit = seen.limits.get(task.runner)
-        return None if limit is None else limit.until
+        return closed_until
     if reason == "prompt_missing":
         return task.run_at + int(room.box.settings.limits.late_prompt * US)
     return None

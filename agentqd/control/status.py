@@ -48,6 +48,7 @@ class Seen(msgspec.Struct):
     dead: DeadSeen
     sources: list[tuple[str, int, int, int, str]]
     limits: dict[str, RunnerLimit]
+    limited: dict[str, str]  # by runner: a task that waits for its limit
 
 
 def look(connection: sqlite3.Connection, now_us: int) -> Seen:
@@ -63,6 +64,7 @@ def look(connection: sqlite3.Connection, now_us: int) -> Seen:
         ):
             stopping_since[task.id] = row[0]
     ready = {queue for queue, state, _, _ in counts.tasks if state == State.QUEUED}
+    limits = runner_limits.all_closed(connection, now_us)
     return Seen(
         counts=counts,
         active=active,
@@ -74,7 +76,12 @@ def look(connection: sqlite3.Connection, now_us: int) -> Seen:
         alerts=queries.alerts_since(connection, now_us - ALERTS_OF_US),
         dead=queries.dead_seen(connection),
         sources=connection.execute(queries.SOURCES).fetchall(),
-        limits=runner_limits.all_closed(connection, now_us),
+        limits=limits,
+        limited={
+            runner: found
+            for runner in limits
+            if (found := queries.waits_for_limit(connection, runner, ready)) is not None
+        },
     )
 
 
@@ -97,6 +104,7 @@ async def status_view(room: Room) -> dict[str, Any]:
                 "until": format_time(limit.until),
                 "known": limit.known,
                 "task_id": limit.task_id,
+                "waiting_task_id": seen.limited.get(name),
             }
             for name, limit in sorted(seen.limits.items())
         },
@@ -147,6 +155,7 @@ def _supervisor(room: Room) -> dict[str, Any] | None:
         "version": welcome.version,
         "instance": welcome.instance,
         "connected": True,
+        "silent_s": room.parts.supervision.link.silent_s,
         "workers": workers(room),
     }
 

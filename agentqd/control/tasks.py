@@ -30,6 +30,7 @@ from agentqd.core.resolve import resolve
 from agentqd.core.task import TASK_ID, read_task
 from agentqd.core.units import format_time
 from agentqd.loops import operations
+from agentqd.storage import runner_limits
 from agentqd.storage import tasks as store
 from agentqd.storage.tasks import AttemptRow, TaskRow
 from agentqd.storage.transaction import Transaction
@@ -130,9 +131,18 @@ def _action(unit: Unit, *, says_run: bool = False) -> Handler:
     async def handler(call: Call) -> web.StreamResponse:
         known_fields(await call.body(), ())
         room, task_id = call.room, task_id_of(call)
-        task = await room.box.journal.commit(lambda tx: unit(tx, room, task_id))
+
+        def acted(tx: Transaction) -> tuple[TaskRow, str | None]:
+            """And the runner whose usage limit this has lifted, for all of its tasks."""
+            before = runner_limits.closed(tx, tx.now_us)
+            task = unit(tx, room, task_id)
+            return task, task.runner if task.runner in before - runner_limits.closed(tx, tx.now_us) else None
+
+        task, opened = await room.box.journal.commit(acted)
         room.box.task_changed(task_id)
         said = {"id": task.id, "state": task.state.value, "result": task.result}
+        if opened is not None:
+            said["runner_opened"] = opened
         return answer({**said, "run": task.run} if says_run else said)
 
     return handler

@@ -78,7 +78,11 @@ async def list_claims(call: Call) -> web.StreamResponse:
 
     claims, holders = await room.box.journal.read(query)
     expires = await asyncio.to_thread(
-        lambda: {seq: sign_of(room.box, each) + int(each.ttl_s * US) for seq, each in holders.items()}
+        lambda: {
+            seq: sign + int(each.ttl_s * US)
+            for seq, each in holders.items()
+            if (sign := sign_of(room.box, each)) is not None
+        }
     )
     for claim in claims:
         claim["expires_at"] = format_time(expires.get(claim.pop("seq", 0)))

@@ -130,6 +130,8 @@ def _check_defaults(settings: Settings, key: tuple[str | int, ...], defaults: De
         yield Problem(
             (*key, "runner"), f"there is no runner {defaults.runner!r}{nearest(defaults.runner, runners)}"
         )
+    if defaults.workdir is not None and not defaults.workdir.startswith(("/", "~")):
+        yield Problem((*key, "workdir"), f"{defaults.workdir!r} is not an absolute path; write /... or ~/...")
     yield from at_least_one((*key, "max_attempts"), defaults.max_attempts)
     for name in ("run_timeout", "total_timeout", "first_output_timeout", "silence_timeout"):
         value = getattr(defaults, name)

@@ -119,8 +119,7 @@ def resolve(task: TaskRequest, queue_name: str, runner_name: str, settings: Sett
         or queue.on_conflict
         or pick("on_conflict")
         or settings.writes.on_conflict,
-        intent_ttl_s=seconds("intent_ttl")
-        or (None if settings.writes.ttl is None else float(settings.writes.ttl)),
+        intent_ttl_s=(settings.writes.ttl if (ttl := seconds("intent_ttl")) is None else ttl) or None,
         deliver_to=tuple(next(layer.deliver_to for layer in layers if layer.deliver_to is not None)),
         deliver_within_s=seconds("deliver_within"),
         dedup_ttl_s=seconds("dedup_ttl"),

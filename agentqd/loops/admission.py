@@ -191,7 +191,8 @@ def _refuse_conflict(
     text, told = met.text(item.new.name), met.told()
     if msgspec.json.decode(item.new.source)["kind"] == "socket":
         return WriteConflict(
-            f"write conflict: {text}; try again later, or use on_conflict: queue", conflicts=told
+            f"write conflict: {text}; try again later, or wait in line (on_conflict: queue; --on-conflict queue)",
+            conflicts=told,
         )
     new = item.new
     new.event, new.reason, new.detail, new.wake_at = Event.REFUSED, WRITE_CONFLICT, text, None

@@ -77,13 +77,15 @@ def claim_again(tx: Transaction, box: Box, task: TaskRow, writes: Writes, policy
     met = meet(tx, writes, policy, after, again=task.seq)
     if met.decision is Decision.REFUSE:
         raise WriteConflict(
-            f"write conflict: {met.text(task.name)}; nothing was changed; try again later, or use on_conflict: queue",
+            f"write conflict: {met.text(task.name)}; nothing was changed; wait for the end of what is in the way, or cancel it, then retry",
             conflicts=met.told(),
         )
-    if followed(tx, task.seq) and leads_back(tx, {*after, *met.ahead}, task.seq):
+    follower = follower_of(tx, task.seq)
+    if follower is not None and leads_back(tx, {*after, *met.ahead}, task.seq):
         raise WriteConflict(
-            f"{task.name} would have to wait for a task that itself waits for {task.id}, directly or through others;"
-            " nothing was changed; cancel what comes after it, or try again when that has ended",
+            f"{task.name} would have to wait for a task that itself waits for {task.id}, directly or through others, or would"
+            f" if it were tried again: {follower} comes after {task.id} and has not ended;"
+            f" nothing was changed; cancel {follower}, or try again when it has ended",
             conflicts=met.told(),
         )
     if met.strangers:
@@ -111,8 +113,14 @@ def waits_text(before: intents.Conflict) -> str:
 
 def followed(tx: Transaction, seq: int) -> bool:
     """Does a task that has not ended come after this one?"""
-    sql = "SELECT 1 FROM dependencies d JOIN tasks t ON t.seq = d.task_seq WHERE d.on_seq = ? AND t.state <> 'finished' LIMIT 1"
-    return tx.one(sql, (seq,)) is not None
+    return follower_of(tx, seq) is not None
+
+
+def follower_of(tx: Transaction, seq: int) -> str | None:
+    """The id of a task that comes after this one and has not ended."""
+    sql = "SELECT t.id FROM dependencies d JOIN tasks t ON t.seq = d.task_seq WHERE d.on_seq = ? AND t.state <> 'finished' LIMIT 1"
+    row = tx.one(sql, (seq,))
+    return None if row is None else str(row[0])
 
 
 def leads_back(tx: Transaction, start: Iterable[int], to: int) -> bool:

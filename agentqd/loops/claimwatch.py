@@ -1,7 +1,8 @@
 """`intent_ttl`: a claim whose task shows no sign of life for so long is released if no process of it lives, else told.
 
 Promises:
-1. The time counts from the last sign of life of a task that has started; one that waits for its first start never lapses.
+1. The time counts from the last sign of life of a task that has started; one that waits for its first start never lapses,
+   nor does one whose attempt is claimed and whose worker the supervisor has not begun with.
 2. A lapse is noticed when it falls due (the loop sleeps until then), and again by a look every LOOK_EVERY_S.
 3. Whether a process lives is the supervisor's word; only while none is connected for AWAY_S does /proc decide.
 4. Nothing is kept in memory that the journal and the attempt's files do not say: a restart changes nothing.
@@ -79,11 +80,13 @@ def holder_of(connection: sqlite3.Connection, box: Box, task: TaskRow) -> Holder
     return Holder(task, ttl_s, attempt.ended_at or attempt.claimed_at, leader)
 
 
-def sign_of(box: Box, holder: Holder) -> int:
-    """When the task last showed a sign of life. Blocking."""
+def sign_of(box: Box, holder: Holder) -> int | None:
+    """When the task last showed a sign of life; None: the worker of its attempt has not been started yet. Blocking."""
     if holder.task.state not in ACTIVE_STATES:
         return min(holder.since_us, box.clock.now_us())
     folder = box.folders.attempt(holder.task.id, holder.task.attempt)
+    if not was_started(folder):
+        return None
     return last_sign_us(folder, holder.since_us, box.clock.now_us())
 
 
@@ -129,6 +132,8 @@ class ClaimWatch:
         signs = await asyncio.to_thread(lambda: [sign_of(self.box, holder) for holder in holders])
         again = now + int(LOOK_EVERY_S * US)
         for holder, sign in zip(holders, signs, strict=True):
+            if sign is None:
+                continue
             expires = sign + int(holder.ttl_s * US)
             if expires <= self.box.clock.now_us():
                 expires = self.box.clock.now_us() + int(await self._lapsed(holder, sign) * US)

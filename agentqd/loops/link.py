@@ -21,11 +21,15 @@ import msgspec
 
 from agentqd.core.errors import SupervisorUnavailable
 from agentqd.core.limits import WIRE_MESSAGE_BYTES_MAX
+from agentqd.core.units import format_duration
+from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
 from agentqd.supervisor import wire
+from agentqd.supervisor.procfs import read_process
 
 _RECONNECT_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _PING_EVERY_S: Final = 10.0
+_SILENT_PINGS: Final = 3  # so many without an answer are told
 
 
 class Link(asyncio.Protocol):
@@ -49,12 +53,18 @@ class Link(asyncio.Protocol):
         self._buffer = bytearray()
         self._closed = asyncio.Event()
         self._pongs = 0
+        self._unanswered = 0  # pings since the last answer
         self.welcome: wire.Welcome | None = None
         self.refusal: str | None = None
 
     @property
     def connected(self) -> bool:
         return self.welcome is not None
+
+    @property
+    def silent_s(self) -> float:
+        """How long a connected supervisor has answered nothing, once that is worth telling; else 0."""
+        return self._unanswered * _PING_EVERY_S if self._unanswered >= _SILENT_PINGS else 0.0
 
     def send(self, message: wire.Request) -> None:
         """Raises SupervisorUnavailable without a welcomed connection; else it is on its way."""
@@ -99,7 +109,7 @@ class Link(asyncio.Protocol):
 
     async def _stay(self) -> None:
         """While the connection lives: a ping now and then proves that the other side still turns."""
-        answered = self._pongs
+        self._unanswered = 0
         while not self._closed.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_PING_EVERY_S):
@@ -107,13 +117,28 @@ class Link(asyncio.Protocol):
             self._box.beat("link")
             if self._closed.is_set() or self.welcome is None:
                 continue
-            if self._pongs == answered and answered:
-                self._box.log.warning("supervisor_silent", seconds=_PING_EVERY_S)
-            answered = self._pongs
-            self.send(wire.Ping(answered))
+            if self._unanswered:
+                self._box.log.warning("supervisor_silent", seconds=self._unanswered * _PING_EVERY_S)
+            if self._unanswered == _SILENT_PINGS:
+                await self._tell_silence(self.welcome)
+                if not self.connected:
+                    continue
+            self._unanswered += 1
+            self.send(wire.Ping(self._pongs))
         if self.refusal is not None:
             self._box.log.error("supervisor_refused", message=self.refusal)
             await asyncio.sleep(1)
+
+    async def _tell_silence(self, supervisor: wire.Welcome) -> None:
+        """Once for each silence. Raises JournalError."""
+        text = (
+            f"the supervisor (pid {supervisor.pid}) has not answered for {format_duration(self.silent_s)}: nothing starts, and no end"
+            f" is seen; {silence_advice(supervisor.pid)}"
+        )
+        key = f"{supervisor.instance}:{self._pongs}"
+        await self._box.journal.commit(
+            lambda tx: alert(tx, self._box, "supervisor_silent", text, key=key, pid=supervisor.pid)
+        )
 
     def _start_supervisor(self) -> None:
         """Detached: its own session, no descriptor of ours; it outlives this daemon."""
@@ -176,6 +201,7 @@ class Link(asyncio.Protocol):
             self.refusal = f"{report.code}: {report.message}"
         elif isinstance(report, wire.Pong):
             self._pongs += 1
+            self._unanswered = 0
         else:
             self._on_report(report)
 
@@ -196,6 +222,14 @@ class Link(asyncio.Protocol):
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()
+
+
+def silence_advice(pid: int) -> str:
+    """What a person can do about a supervisor that does not answer."""
+    process = read_process(pid)
+    if process is not None and process.state in "Tt":
+        return f"it has been stopped by a signal: kill -CONT {pid} lets it go on"
+    return f"if that lasts, kill -KILL {pid}: another one is started, and what runs now is lost (on_lost)"
 
 
 def _reap(pid: int) -> None:

@@ -84,7 +84,7 @@ def ask(tx: Transaction, box: Box, wish: Wish) -> Answer | WriteConflict:
     if met.strangers:
         tell(tx, wish.id, wish.name, met)
     if met.decision is Decision.REFUSE:
-        text = f"write conflict: {met.text(wish.name)}; try again later, or use on_conflict: queue"
+        text = f"write conflict: {met.text(wish.name)}; try again later, or wait in line (on_conflict: queue; --on-conflict queue, --wait TIME)"
         return WriteConflict(text, conflicts=met.told())
     waits = met.decision is Decision.WAIT
     claim = outsideclaims.add(tx, wish.id, wish.name, wish.holder, wish.policy, wish.paths, held=not waits)

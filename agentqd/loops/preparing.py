@@ -6,6 +6,7 @@ Nothing here writes. A candidate holds all that `admission` needs, so that the j
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import Any, Final
 
 import msgspec
@@ -19,7 +20,7 @@ from agentqd.core.task import TaskRequest, content_digest, derived_id, prompt_di
 from agentqd.core.units import parse_time_us
 from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.box import Box
-from agentqd.storage.paths import resolve_intents
+from agentqd.storage.paths import expand_workdir, resolve_intents
 from agentqd.storage.prompts import Missing, read_prompt
 from agentqd.storage.tasks import NewTask
 
@@ -46,6 +47,13 @@ def prepare(raw: bytes, source: dict[str, Any], place: bytes, box: Box) -> Candi
     settings = box.settings
     where = placement(request, settings)
     _check_names(request, where, settings)
+    workdir = expand_workdir(request.workdir)
+    if workdir is not None and not os.path.isabs(workdir):
+        raise InvalidTask(
+            f"workdir: {workdir[:200]!r} is not an absolute path; write /... or ~/... (the daemon's user's home)",
+            code="invalid_field",
+            field="workdir",
+        )
     if request.command is not None and not _allows_command(settings, where.runner):
         raise InvalidTask(
             f"command: the runner {where.runner} does not take one; use the runner command, or set allow_command",

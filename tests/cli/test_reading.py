@@ -249,6 +249,27 @@ def test_task_actions_say_the_new_state_and_the_first_failure_decides(
     assert [item.get("error") for item in both.json] == ["no_such_task", None]
 
 
+def test_a_retry_that_lifts_a_usage_limit_says_that_the_whole_runner_is_open(
+    ctl: Ctl, daemon: StandIn
+) -> None:
+    async def handler(_: web.Request) -> web.StreamResponse:
+        return web.json_response({"id": "n5", "state": "queued", "result": None, "runner_opened": "claude"})
+
+    daemon.answers["POST", "/v1/tasks/n5/retry"] = handler
+    assert (
+        ctl("retry", "n5").out == "n5  queued; runner claude is open again, its tasks start in their order\n"
+    )
+
+
+def test_an_outside_claim_shows_its_process_and_user(ctl: Ctl, daemon: StandIn) -> None:
+    async def handler(_: web.Request) -> web.StreamResponse:
+        claim = {"path": "/srv", "task_id": "claim-1", "task": "deploy", "state": "held", "kind": "outside"}
+        return web.json_response({"claims": [{**claim, "pid": 4711, "user": "ann"}]})
+
+    daemon.answers["GET", "/v1/writes"] = handler
+    assert "4711 (ann)" in ctl("writes").out
+
+
 def test_queues_drain_and_reload_speak_to_their_paths(ctl: Ctl, daemon: StandIn) -> None:
     assert ctl("pause", "q", "--json").json == {"queue": "q", "paused": True}
     assert ctl("resume", "q").out == "q  running\n"

@@ -53,7 +53,7 @@ def test_every_option_reaches_the_task_that_the_daemon_would_accept(ctl: Ctl, da
     options = (
         "--task n --id my-id --runner r --queue q --priority 5 --label a --label b --env K=V=1 --timeout 45m --total-timeout 2h "
         "--queue-timeout 1h --silence-timeout 5m --first-output-timeout 1m --kill-grace 3s --max-attempts 3 --backoff 1s,5s "
-        "--on-lost requeue --on-conflict queue --not-before 2030-01-01T00:00:00Z --expires-at 2031-01-01T00:00:00Z --after x "
+        "--on-lost requeue --on-conflict queue --intent-ttl 30m --not-before 2030-01-01T00:00:00Z --expires-at 2031-01-01T00:00:00Z --after x "
         "--after y --after-policy any --deliver-to hook --deliver-within 10m --dedup-ttl 1d --expect-file out.txt --allow-no-work"
     )
     assert ctl("submit", *options.split(), "do it").code == 0
@@ -64,7 +64,7 @@ def test_every_option_reaches_the_task_that_the_daemon_would_accept(ctl: Ctl, da
         "task": "n", "id": "my-id", "prompt": "do it", "runner": "r", "queue": "q", "priority": 5, "labels": ["a", "b"],
         "env": {"K": "V=1"}, "run_timeout": "45m", "total_timeout": "2h", "queue_timeout": "1h", "silence_timeout": "5m",
         "first_output_timeout": "1m", "kill_grace": "3s", "max_attempts": 3, "backoff": ["1s", "5s"], "on_lost": "requeue",
-        "on_conflict": "queue", "not_before": "2030-01-01T00:00:00Z", "expires_at": "2031-01-01T00:00:00Z", "after": ["x", "y"],
+        "on_conflict": "queue", "intent_ttl": "30m", "not_before": "2030-01-01T00:00:00Z", "expires_at": "2031-01-01T00:00:00Z", "after": ["x", "y"],
         "after_policy": "any", "deliver_to": ["hook"], "deliver_within": "10m", "dedup_ttl": "1d",
         "expect": {"files": ["out.txt"], "allow_no_work": True},
     }  # fmt: skip

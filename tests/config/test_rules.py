@@ -48,6 +48,7 @@ def test_a_runner_may_have_its_own_texts_for_a_usage_limit_or_none() -> None:
     ("settings", "key"),
     [
         (Settings(defaults=Defaults(queue="nope")), ("defaults", "queue")),
+        (Settings(defaults=Defaults(workdir="rel/a")), ("defaults", "workdir")),
         (Settings(defaults=Defaults(runner="nope")), ("defaults", "runner")),
         (Settings(defaults=Defaults(deliver_to=["nope"])), ("defaults", "deliver_to")),
         (Settings(alerts=Alerts(deliver_to=["nope"])), ("alerts", "deliver_to")),

@@ -38,6 +38,8 @@ async def test_a_claim_is_shown_beside_those_of_tasks(daemon: Daemon) -> None:
     await daemon.submit(id="late", writes_to=["/b/f"], on_conflict="queue")
     made = await claim(daemon, "/a/../a/d", name="my editor")
     assert (made["state"], made["pid"], made["conflicts"]) == ("held", os.getpid(), [])
+    assert (await daemon.get("/v1/writes"))["claims"][1]["expires_at"] is None  # its worker has not begun
+    (daemon.attempt_folder("a") / "started").touch()
     mine, task, waits = (await daemon.get("/v1/writes"))["claims"]
     assert (mine["path"], mine["given"], mine["task_id"], mine["task"], mine["kind"], mine["state"], mine["user"]) == (
         "/a/d", "/a/../a/d", made["claim_id"], "my editor", "outside", "held", made["user"],

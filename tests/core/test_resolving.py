@@ -97,6 +97,9 @@ def test_zero_is_a_value_and_no_absence() -> None:
     ttl = Settings(writes=Writes(ttl=Duration(60)))
     assert resolve(_task(intent_ttl=Duration(5)), "default", "shell", ttl).intent_ttl_s == 5
     assert resolve(_task(), "default", "shell", ttl).intent_ttl_s == 60
+    assert resolve(_task(intent_ttl=Duration(0)), "default", "shell", ttl).intent_ttl_s is None  # off
+    off = Settings(writes=Writes(ttl=Duration(0)))
+    assert resolve(_task(), "default", "shell", off).intent_ttl_s is None
 
 
 def test_a_queue_or_runner_that_is_gone_leaves_the_defaults() -> None:

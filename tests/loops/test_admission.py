@@ -232,6 +232,8 @@ async def test_a_start_time_ahead_is_scheduled(bench: Bench) -> None:
         ({"runner": "shell", "command": ["x"]}, "command_not_allowed"),
         ({"writes_to": ["relative"]}, "invalid_field"),
         ({"prompt_ref": "x"}, "invalid_field"),
+        ({"workdir": "rel"}, "invalid_field"),
+        ({"workdir": "~no-such-user/x", "writes_to": ["a"]}, "invalid_field"),
     ],
 )
 async def test_what_does_not_fit_the_box_is_invalid(bench: Bench, fields: dict[str, Any], code: str) -> None:

@@ -76,8 +76,14 @@ async def second(bench: Bench, **more: Any) -> None:
     await bench.add(**{"id": "b", "writes_to": ["/p"], "on_conflict": "queue", **more})
 
 
-async def make_live(bench: Bench, workers: FakeWorkers, task_id: str) -> Live:
+async def make_live(bench: Bench, workers: FakeWorkers, task_id: str, *, has_begun: bool = True) -> Live:
+    """Known to the supervisor; `has_begun`: it has begun with the worker, just now."""
     task = await bench.task(task_id)
+    if has_begun:
+        folder = bench.folders.attempt(task.id, task.attempt)
+        os.makedirs(folder)
+        with open(f"{folder}/started", "w"):
+            bench.clock._now_us = os.stat(f"{folder}/started").st_ctime_ns // 1000
     spec, _ = await bench.journal.read(lambda c: store.spec_of(c, task.seq))
     workers.live[task_id] = Live(task, read_task(spec))
     return workers.live[task_id]
@@ -249,6 +255,16 @@ async def test_a_live_silent_worker_is_told_once_for_each_silence_and_keeps_its_
     (told,) = await bench.alerts("claim_expired")
     assert (told["task_id"], told["paths"], told["waiting"]) == ("a", ["/p"], ["b"])
     assert await claimed(bench) == ["a", "b"]
+
+
+async def test_a_claimed_task_whose_worker_was_never_begun_is_not_told_as_silent(
+    bench: Bench, watch: ClaimWatch, workers: FakeWorkers
+) -> None:
+    await first(bench)
+    await make_live(bench, workers, "a", has_begun=False)
+    bench.clock.advance(1000)
+    await watch.turn()
+    assert (await bench.alerts("claim_expired"), await claimed(bench)) == ([], ["a"])
 
 
 async def test_an_end_that_is_being_judged_is_no_lapse(

@@ -432,3 +432,29 @@ async def test_an_end_looks_only_at_who_may_be_freed(bench: Bench) -> None:
 
     few = await cost("/few", 2)
     assert await cost("/many", 2000) <= 2 * few
+
+
+async def test_a_retry_that_could_wait_for_what_comes_after_it_names_that_task(bench: Bench) -> None:
+    await bench.connect()
+    place: dict[str, Any] = {"writes_to": ["/w"], "on_conflict": "queue"}
+    await bench.add(id="a", **place)
+    await bench.end("a")
+    await bench.add(id="b", after="a", **place)
+    assert await bench.states("b") == ["running"]
+    with pytest.raises(WriteConflict, match="if it were tried again: b comes after a") as refused:
+        await bench.do(lambda tx: operations.retry(tx, bench.box, "a"))
+    assert "cancel b" in refused.value.message
+
+
+async def test_a_refused_claim_says_what_its_own_door_can_do(bench: Bench) -> None:
+    await bench.connect()
+    await bench.add(id="again", writes_to=["/w"])
+    await bench.end("again")
+    await bench.add(id="other", writes_to=["/w"])
+    with pytest.raises(WriteConflict) as refused:
+        await bench.do(lambda tx: operations.retry(tx, bench.box, "again"))
+    assert "then retry" in refused.value.message
+    assert "on_conflict" not in refused.value.message  # retry has no such option
+    (outcome,) = await bench.admit({"id": "new", "writes_to": ["/w"]}, door={"kind": "socket"})
+    assert isinstance(outcome, WriteConflict)
+    assert "--on-conflict queue" in outcome.message

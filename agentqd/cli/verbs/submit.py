@@ -22,7 +22,7 @@ PROMPT_BYTES_MAX = 48 * MIB  # a request of the control socket is at most 64 MiB
 PLAIN_FIELDS = (
     "runner", "queue", "priority", "not_before", "expires_at", "after_policy", "run_timeout", "total_timeout",
     "queue_timeout", "first_output_timeout", "silence_timeout", "kill_grace", "max_attempts", "on_lost", "on_conflict",
-    "deliver_within", "dedup_ttl",
+    "intent_ttl", "deliver_within", "dedup_ttl",
 )  # fmt: skip
 
 
@@ -39,7 +39,9 @@ def _option(name: str, metavar: str, text: str, **settings: Any) -> Callable[[Fu
 @click.option("--command", "is_command", is_flag=True, help="What follows -- is an argv, run as it stands.")
 @_option("--task", "NAME", "Its name; otherwise the first words.")
 @_option("--id", "ID", "Its dedup key; otherwise a new one.", default=None)
-@_option("--writes", "PATH", "What it will write; again for more.", multiple=True)
+@_option(
+    "--writes", "PATH", "What it will write, from --workdir, else from here; again for more.", multiple=True
+)
 @_option("--runner", "NAME", "Who runs it.")
 @_option("--queue", "NAME", "Where it waits.")
 @_option("--priority", "N", "Higher goes first.", type=int)
@@ -67,6 +69,7 @@ def _option(name: str, metavar: str, text: str, **settings: Any) -> Callable[[Fu
     "When --writes overlap.",
     type=click.Choice(["refuse", "queue", "warn"]),
 )
+@_option("--intent-ttl", "TIME", "Silent for so long, its --writes claim may lapse; 0: never.")
 @_option("--not-before", "TIME", "Start time, RFC 3339.")
 @_option("--expires-at", "TIME", "Not started by then: expired.")
 @_option("--after", "ID", "Waits for that task; again for more.", multiple=True)

@@ -22,6 +22,7 @@ CLAIM_COLUMNS = (
     Column("STATE", drop=1),
     Column("FOR", right=True, drop=3),
     Column("EXPIRES", right=True, drop=4),
+    Column("PID", drop=1),
 )
 CONFLICT_COLUMNS = (
     Column("TIMES", right=True),
@@ -77,7 +78,13 @@ def _claim(item: dict[str, Any]) -> list[Cell | str]:
         "waits" if item.get("waiting") else str(item.get("state") or ""),
         age(item.get("since")),
         _in(item.get("expires_at")),
+        _process(item),
     ]
+
+
+def _process(item: dict[str, Any]) -> str:
+    """Of a claim from outside: the process whose end releases it, and its user."""
+    return "" if item.get("pid") is None else f"{item['pid']} ({item.get('user') or '?'})"
 
 
 def _in(expires: Any) -> str:
