@@ -18,7 +18,6 @@ Conflict = Literal["refuse", "queue", "warn"]
 OnLost = Literal["fail", "requeue", "hold"]
 AfterPolicy = Literal["success", "any", "failure"]
 PromptWay = Literal["stdin", "argument", "file"]
-SINK_TYPES = ("completions", "file", "command", "webhook", "ssh", "email", "notify")
 
 
 class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):

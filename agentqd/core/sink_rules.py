@@ -12,7 +12,7 @@ from agentqd.core.config_problem import Problem, at_least_one, nearest
 from agentqd.core.limits import SINK_CONCURRENCY_MAX
 from agentqd.core.mailaddress import address, named_address, pattern
 from agentqd.core.routing import COMPLETIONS, REJECTED
-from agentqd.core.settings import SINK_TYPES, Sink
+from agentqd.core.settings import Sink
 from agentqd.core.weburl import read_url
 
 Key = tuple[str | int, ...]
@@ -24,19 +24,10 @@ _HEADER_VALUE: Final = re.compile(r"[\x20-\x7e]{0,4096}")
 _OUR_HEADERS: Final = frozenset(
     {"host", "content-type", "content-length", "content-encoding", "transfer-encoding", "connection", "keep-alive", "expect", "te", "trailer", "upgrade"}
 )  # fmt: skip
-READY_SINK_TYPES: Final = (  # those that have a plug
-    "file",
-    "command",
-    "ssh",
-    "notify",
-    "email",
-    "webhook",
-)
 _COMMON: Final = frozenset(
     {"type", "timeout", "backoff", "backoff_max", "lifetime", "concurrency", "ordered", "rate"}
 )
 _KEYS: Final[dict[str, tuple[frozenset[str], frozenset[str]]]] = {  # type: (needed, allowed besides)
-    "completions": (frozenset(), frozenset()),
     "file": (frozenset({"path"}), frozenset()),
     "command": (frozenset({"command"}), frozenset()),
     "webhook": (frozenset({"url"}), frozenset({"secret_file", "headers"})),
@@ -58,12 +49,11 @@ def check_sink(name: str, sink: Sink) -> Iterator[Problem]:
     if name in {COMPLETIONS, REJECTED}:
         yield Problem(key, f"{name} is built in and always there")
         return
-    if sink.type not in _KEYS:
-        yield Problem((*key, "type"), f"there is no type {sink.type!r}{nearest(sink.type, SINK_TYPES)}")
+    if sink.type == COMPLETIONS:
+        yield Problem((*key, "type"), "completions is built in and always there; no other sink has this type")
         return
-    if sink.type not in READY_SINK_TYPES:
-        ready = ", ".join(READY_SINK_TYPES)
-        yield Problem((*key, "type"), f"the type {sink.type} is not in this version yet; there is {ready}")
+    if sink.type not in _KEYS:
+        yield Problem((*key, "type"), f"there is no type {sink.type!r}{nearest(sink.type, _KEYS)}")
         return
     needed, allowed = _KEYS[sink.type]
     given = {field for field in _given(sink) if field not in _COMMON}

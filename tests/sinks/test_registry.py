@@ -10,11 +10,11 @@ import pytest
 
 from agentqd.core.errors import ConfigError
 from agentqd.core.retry import JITTER, Schedule, next_try_s, read_retry_after_s
-from agentqd.core.settings import SINK_TYPES
 from agentqd.core.settings import Sink as SinkSettings
+from agentqd.core.sink_rules import _KEYS
 from agentqd.core.units import Backoff, Duration
 from agentqd.sinks.base import Context
-from agentqd.sinks.registry import make_sink, schedule_for, sink_types
+from agentqd.sinks.registry import SCHEDULES, make_sink, schedule_for, sink_types
 
 from .adapters import run_command
 
@@ -76,15 +76,13 @@ def test_a_sinks_own_settings_override_the_defaults() -> None:
     assert schedule_for("x", SinkSettings(type="ssh"), "ssh") == schedule_for("x", None, "ssh")
 
 
-def test_every_type_has_a_schedule_and_those_without_a_plug_say_so() -> None:
-    for type_ in SINK_TYPES:
-        schedule_for("x", None, type_)
-        if type_ not in sink_types():
-            context = Context("mine", SinkSettings(type=type_), "/", run_command, lambda: 0)
-            with pytest.raises(
-                ConfigError, match=f"mine cannot be used: there is no plug for the type {type_}"
-            ):
-                make_sink(context, 1)
+def test_every_type_of_the_config_has_a_plug_and_a_schedule() -> None:
+    assert set(sink_types()) == {*_KEYS, "completions", "rejected"} == set(SCHEDULES)
+
+
+def test_what_has_no_plug_cannot_be_used() -> None:
+    with pytest.raises(ConfigError, match="mine cannot be used: pigeon is no type of sink"):
+        make_sink(Context("mine", SinkSettings(type="pigeon"), "/", run_command, lambda: 0), 1)
 
 
 def test_an_unknown_type_and_a_missing_path_are_config_errors() -> None:
@@ -97,7 +95,7 @@ def test_an_unknown_type_and_a_missing_path_are_config_errors() -> None:
 def test_a_plug_is_loaded_when_it_is_used_and_not_before() -> None:
     code = "import sys, agentqd.sinks.registry; print([m for m in sys.modules if m.startswith('agentqd.sinks.')])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert not any(f"agentqd.sinks.{type_}" in loaded for type_ in SINK_TYPES)
+    assert not any(f"agentqd.sinks.{type_}" in loaded for type_ in _KEYS)
 
 
 def test_after_a_timeout_or_a_429_a_webhook_waits_a_minute_at_least() -> None:
