@@ -1,4 +1,5 @@
-"""Secrets come from files, never from the config: read anew for each use, so that an exchanged one counts from the next try on."""
+"""Secrets come from files, never from the config. Nothing is kept here: who keeps one looks whether its file has changed, so
+that an exchanged secret counts from the next try on."""
 
 from __future__ import annotations
 
