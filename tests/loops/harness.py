@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -164,13 +165,24 @@ class Bench:
         await self.do(unit)
 
     async def counts_are_true(self) -> None:
-        """The kept sums are those of a walk over all rows."""
-        for table, group, rows in (
-            ("task_counts", "queue, state, result", "SELECT queue, state, coalesce(result, ''), count(*) FROM tasks GROUP BY 1, 2, 3"),
-            ("outbox_counts", "sink, state", "SELECT sink, state, count(*) FROM outbox GROUP BY 1, 2"),
-        ):  # fmt: skip
-            kept = Counter({row[:-1]: row[-1] for row in await self.rows(f"SELECT {group}, n FROM {table}") if row[-1]})  # fmt: skip
-            assert kept == Counter({row[:-1]: row[-1] for row in await self.rows(rows)})
+        """The kept sums are those of a walk over all rows: in one snapshot, as a commit may be under way."""
+
+        def both(c: sqlite3.Connection) -> list[tuple[Counter[tuple[Any, ...]], Counter[tuple[Any, ...]]]]:
+            found = []
+            c.execute("BEGIN")
+            try:
+                for table, group, rows in (
+                    ("task_counts", "queue, state, result", "SELECT queue, state, coalesce(result, ''), count(*) FROM tasks GROUP BY 1, 2, 3"),
+                    ("outbox_counts", "sink, state", "SELECT sink, state, count(*) FROM outbox GROUP BY 1, 2"),
+                ):  # fmt: skip
+                    kept, walked = c.execute(f"SELECT {group}, n FROM {table} WHERE n <> 0"), c.execute(rows)
+                    found.append(tuple(Counter({row[:-1]: row[-1] for row in each}) for each in (kept, walked)))  # fmt: skip
+            finally:
+                c.execute("COMMIT")
+            return found  # type: ignore[return-value]
+
+        for kept, walked in await self.journal.read(both):
+            assert kept == walked
 
     async def until(self, condition: Callable[[], Any], within_s: float = 10.0) -> None:
         async with asyncio.timeout(within_s):
