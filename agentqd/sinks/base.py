@@ -32,7 +32,7 @@ class Delivery(msgspec.Struct, frozen=True):
     created_at: int  # microseconds
     attempts: int  # how many tries came before this one
     blob_path: str | None = (
-        None  # file with a large entry's content (the payload then names it); its name is its sha256
+        None  # file with a large entry's content (the payload then names it); its name begins with its sha256
     )
     progress: bytes | None = None  # what this plug said at the last try
 
