@@ -38,6 +38,7 @@ _SLACK_S: Final = 15.0  # beyond our own time limit, for the loop's
 _ESCAPES: Final = 1.5  # a service's limit counts what HTML makes of a text
 _LOGGERS: Final = ("apprise", "urllib3", "requests", "oauthlib", "requests_oauthlib", "paho", "slixmpp")
 _STATUS: Final = re.compile(r"\berror=(\d{3})\b")
+_DIGEST: Final = re.compile("[0-9a-f]{16}")
 _TOO_MANY: Final = 429
 
 
@@ -180,8 +181,11 @@ class _Progress:
             self._accepted.popitem(last=False)
 
     def recall(self, delivery_id: str, told: bytes | None) -> None:
-        for digest in (told or b"").decode("ascii", "replace").split():
-            self.note((delivery_id, digest))
+        """What another type of sink has left there (the row was moved) says nothing of ours."""
+        digests = (told or b"").decode("ascii", "replace").split()
+        if all(map(_DIGEST.fullmatch, digests)):
+            for digest in digests:
+                self.note((delivery_id, digest))
 
     def told(self, delivery_id: str) -> bytes | None:
         """As the row keeps it."""

@@ -94,6 +94,22 @@ async def test_what_was_accepted_is_known_after_a_restart(people: NotifyAdapter)
     await again.close()
 
 
+async def test_what_another_type_of_sink_remembers_of_a_moved_row_says_nothing_here(people: NotifyAdapter) -> None:  # fmt: skip
+    people.write_urls("one", "two")
+    people.say("deferring", "two")
+    sink = await opened(people)
+    for foreign in (
+        b'{"accepted":["0123456789abcdef"],"refused":{"fedcba9876543210":"550 no"}}',
+        b"\xff\x00 x",
+    ):
+        outcome = (await sink.deliver([msgspec.structs.replace(delivery(1), progress=foreign)]))[0]
+        assert isinstance(outcome, Deferred)
+        assert outcome.progress is not None
+        assert len(outcome.progress.split()) == 1, "only who has accepted it here"
+    assert [path for path, _ in people.taken()] == ["one"]
+    await sink.close()
+
+
 async def test_an_answer_that_comes_too_late_still_counts(people: NotifyAdapter) -> None:
     people.write_urls("one", "two")
     people.say("late", "two")
