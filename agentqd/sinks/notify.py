@@ -7,6 +7,7 @@ Promises:
 2. A service that has accepted a message is not asked again while the others are tried again, over restarts too (`_Progress`).
 3. Apprise blocks, and a call that hangs cannot be stopped: each has a thread of its own that keeps nobody from leaving, at
    most THREADS_MAX at once. When all of them hang, a try is deferred at once. A call that ends late still counts.
+4. Of an answer over HTTP no more than a MiB is ever in memory (`briefanswers`); what it says after that is not read.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any, Final
 
 from agentqd.core.errors import ConfigError
 from agentqd.sinks.base import Context, Deferred, Delivered, Delivery, Found, Outcome, Rejected
+from agentqd.sinks.briefanswers import be_brief
 from agentqd.sinks.notifytext import BODY_CHARS_MAX, Message, message_of
 from agentqd.sinks.reason import bounded
 from agentqd.sinks.secretfile import secret_lines
@@ -265,6 +267,7 @@ def _load() -> None:
 
 def _apprise() -> Any:
     module = importlib.import_module("apprise")
+    be_brief()
     for name in _LOGGERS:
         logger = logging.getLogger(name)
         logger.handlers[:] = [_ears]
