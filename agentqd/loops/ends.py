@@ -106,7 +106,7 @@ class Ends:
         def unit(tx: Transaction) -> None:
             for end in ends:
                 finish_attempt(tx, self.box, end)
-                if end.handed:
+                if any(item.copies for item in end.handed):
                     self._let_go_of_spare(tx, end)
 
         future = self.box.journal.submit(unit)

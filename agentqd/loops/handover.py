@@ -104,8 +104,8 @@ class Handover:
             keys: set[str] = set()
             if task.state in {State.RUNNING, State.STOPPING} and task.attempt == live.task.attempt:
                 keys = dropfolder.record(tx, self.box, task, live.request, live.task.attempt, scan.handed)
-            spare = dropfolder.unnamed(tx, task.seq, scan.handed)
-            tx.later(lambda: self._workers.let_go(spare))
+            if spare := dropfolder.unnamed(tx, task.seq, scan.handed):
+                tx.later(lambda: self._workers.let_go(spare))
             return keys
 
         failpoint("handover_read")
