@@ -1,15 +1,21 @@
-"""Copies in blobs/ (docs/crash-states.md, a to f) under a real daemon: killed with a copy in its hand, and left to run."""
+"""Copies in blobs/ (docs/crash-states.md, a to f): killed at every system call; and under a real daemon, killed with a copy in its
+hand, and left to run."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import subprocess
+import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
 from conftest import MakeBox
 from realbox import RealBox, wait_for
 
+from agentqd.storage.blobs import digest_of, names_of, remove_left_over
 from crash.checker import check_all, query, wait_until_at_rest
 from crash.processes import daemon_died, reap_killed
 
@@ -17,6 +23,69 @@ pytestmark = pytest.mark.real
 
 LARGE = 300_000
 MAIL = json.dumps({"to": "a@example.org", "body": "see it", "attachments": ["../work/report"]})
+
+
+CALLS = ("write", "fsync", "rename", "linkat", "unlink", "mkdir")
+# Says what it holds, and what it is about to give up.
+HOLDER = """
+import os, sys
+from agentqd.storage.blobs import copy_in, remove
+
+folder, source = sys.argv[1:]
+
+
+def take(content):
+    with open(source, "wb+", buffering=0) as file:
+        file.write(content)
+        path = copy_in(file.fileno(), len(content), folder).path
+    os.write(1, f"+{path}\\n".encode())
+    return path
+
+
+def give_up(path):
+    os.write(1, f"-{path}\\n".encode())
+    remove([path])
+
+
+first, second, other = take(b"same" * 9999), take(b"same" * 9999), take(b"other")
+give_up(first)
+give_up(other)
+third = take(b"same" * 9999)
+give_up(second)
+give_up(third)
+take(b"same" * 9999)
+"""
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("call", CALLS)
+def test_killed_at_every_call_what_is_held_is_whole_and_the_rest_can_be_told(
+    tmp_path: Path, call: str
+) -> None:
+    for when in count(1):
+        folder = tmp_path / f"blobs-{when}"
+        inject = ("-e", f"inject={call}:signal=SIGKILL:when={when}")
+        done = subprocess.run(
+            ["strace", "-qq", "-o", "/dev/null", "-e", f"trace={call}", *inject, sys.executable, "-c", HOLDER, str(folder), str(tmp_path / "source")],
+            stdout=subprocess.PIPE, check=False, timeout=30,
+        )  # fmt: skip
+        said = done.stdout.decode().split("\n")[:-1]
+        held = {line[1:] for line in said if line[0] == "+"} - {line[1:] for line in said if line[0] == "-"}
+        names = names_of(str(folder))
+        for path in [f"{folder}/{name}" for name in names if not name.startswith(".tmp-")]:
+            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            assert digest_of(path.replace(".once-", "")) == digest, "what has a name is whole"
+        assert held <= {f"{folder}/{name}" for name in names}
+        spare = [name for name in names if f"{folder}/{name}" not in held]
+        remove_left_over(str(folder), spare, 2e10)
+        assert {f"{folder}/{name}" for name in names_of(str(folder)) if not name.startswith(".once-")} == held
+        remove_left_over(str(folder), names, 2e10)
+        remove_left_over(str(folder), names, 2e10)
+        assert names_of(str(folder)) == []
+        if done.returncode == 0:
+            assert when > 1, f"no {call} at all"
+            return
+        assert when < 60
 
 
 def lying(box: RealBox) -> set[str]:
