@@ -120,8 +120,12 @@ class Sink(Protocol):
     `notice_kind` (without one: sink_file). One with `checks_content = True` looks at a large entry's file itself."""
 
     batch_max: int  # how many deliveries it takes at once (1 for most)
-    timeout_s: float  # of one `deliver`
     concurrency: int  # batches under way at once, at most (core.pace starts lower and finds its way)
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Of one `deliver`; None: the plug itself ends each one within a time of its own."""
+        ...
 
     async def open(self, last_position: int) -> list[Found]:
         """Called once before the first `deliver`; `last_position`: the highest position that the journal knows for it.
