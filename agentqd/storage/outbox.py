@@ -6,6 +6,7 @@ A row's state moves through core.outbox's table only, guarded by the state it is
 from __future__ import annotations
 
 import hashlib
+import os
 import sqlite3
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
@@ -67,6 +68,10 @@ _KEEP_PROGRESS: Final = "UPDATE outbox SET progress = ? WHERE entry_seq = ? AND 
 _INSERT_TRY: Final = (
     "INSERT INTO tries (entry_seq, sink, n, at, outcome, reason)"
     " SELECT ?1, ?2, coalesce(max(n), 0) + 1, ?3, ?4, ?5 FROM tries WHERE entry_seq = ?1 AND sink = ?2"
+)
+_BLOBS_OF_TASK: Final = (
+    "SELECT blob FROM entries WHERE task_seq = ?1 AND blob IS NOT NULL"
+    " UNION SELECT a.blob FROM attachments a JOIN entries e ON e.seq = a.entry_seq WHERE e.task_seq = ?1"
 )
 _LAST_POSITION: Final = "SELECT max(position) FROM outbox WHERE sink = ? AND position IS NOT NULL"
 
@@ -154,6 +159,17 @@ def add_entry(tx: Transaction, entry: NewEntry) -> int:
 def _fresh(tx: Transaction, entry: NewEntry, seq: int, sink: str, digest: bytes, due_at: int) -> DueRow:
     return DueRow(seq, sink, RowState.PENDING, 0, tx.now_us, entry.delivery_id, entry.type, entry.kind, entry.key, entry.task_id,
                   entry.payload, entry.blob, digest, due_at)  # fmt: skip
+
+
+def blobs_of_task(source: sqlite3.Connection | Transaction, task_seq: int) -> list[str]:
+    """The files in blobs/ that its entries name."""
+    return [path for (path,) in source.execute(_BLOBS_OF_TASK, (task_seq,))]
+
+
+def all_blobs(source: sqlite3.Connection) -> set[str]:
+    """The names in blobs/ that any entry has, wherever the state folder was when it was taken (two indexes answer)."""
+    sql = "SELECT blob FROM entries WHERE blob IS NOT NULL UNION SELECT blob FROM attachments"
+    return {os.path.basename(path) for (path,) in source.execute(sql)}
 
 
 def add_row(tx: Transaction, entry_seq: int, sink: str) -> None:
