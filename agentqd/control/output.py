@@ -34,7 +34,7 @@ from agentqd.control.tasks import no_such_task, task_id_of
 from agentqd.core.envelope import data_of
 from agentqd.core.errors import AgentqError, InvalidRequest
 from agentqd.core.lifecycle import ACTIVE_STATES
-from agentqd.core.limits import ARTIFACTS_MAX, ENTRIES_PER_TASK_MAX
+from agentqd.core.limits import ARTIFACTS_MAX, ENTRIES_PER_ATTEMPT_MAX
 from agentqd.core.resolve import resolve
 from agentqd.core.task import read_task
 from agentqd.loops.box import Box
@@ -279,7 +279,7 @@ def _entries(connection: sqlite3.Connection, task_seq: int, number: int, file: s
     """What was handed over and is too large for a line."""
     if file is None:
         rows = connection.execute(
-            queries.LARGE_ENTRIES_OF_ATTEMPT, (task_seq, number, ENTRIES_PER_TASK_MAX)
+            queries.LARGE_ENTRIES_OF_ATTEMPT, (task_seq, number, ENTRIES_PER_ATTEMPT_MAX)
         ).fetchall()
     elif file.startswith("e"):
         rows = connection.execute(queries.LARGE_ENTRY, (file[1:], task_seq, number)).fetchall()

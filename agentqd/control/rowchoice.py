@@ -23,7 +23,9 @@ from agentqd.loops.rowchanges import InFlight, Row
 from agentqd.loops.trying import NoSuchSink
 from agentqd.storage.transaction import Transaction
 
-UNMENDED: Final = ("not_allowed", "no_such_sink", "malformed", "incomplete", "too_large")
+UNMENDED: Final = (
+    "not_allowed", "no_such_sink", "malformed", "incomplete", "too_large", "not_a_file", "unreadable", "too_many",
+)  # fmt: skip
 CHANGED: Final = "changed"
 LEFT: Final = "left"
 _HELD: Final = "held by the disabled sink "

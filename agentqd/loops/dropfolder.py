@@ -8,6 +8,8 @@ Rules (design, "What a worker hands over before it ends"):
    aside, told. A sink that is not there or not allowed costs only its own row (`addressing`).
 5. The content, and what it brings as attachments, is in our own storage, durable, before the entry is committed.
 6. A `.json` is always looked into for its address; one too large for that is set aside, never sent where it may not want to go.
+7. What cannot be taken is told: links, folders and the like (`not_a_file`), what cannot be opened (`unreadable`) and all beyond
+   the limit (`too_many`, one for all) are set aside when the attempt has ended; while it runs they may be its tools.
 
 `scan` is blocking file work (evidence thread); `record` is a journal unit's part.
 """
@@ -40,7 +42,15 @@ from agentqd.system.leases import has_writer
 How = Literal["alive", "exited", "killed"]  # the attempt: still running, ended by itself, ended by a signal
 RESULT_KEY: Final = "result.json"
 _OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+_OTHER_KINDS: Final = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+}
+_THE_OTHERS: Final = "(the others)"  # the key of all that is beyond the limit
 Identity = tuple[int, int, int]  # inode, size, mtime
+_UNKNOWN: Final[Identity] = (0, 0, 0)
 
 
 class Handed(msgspec.Struct, frozen=True):
@@ -52,7 +62,7 @@ class Handed(msgspec.Struct, frozen=True):
     size: int
     content: bytes | None  # None: large, see blob
     blob: str | None = None  # path of our own durable copy
-    broken: str | None = None  # incomplete, malformed: ..., too_large
+    broken: str | None = None  # incomplete, malformed: ..., too_large: ..., not_a_file: ..., unreadable: ..., too_many: ...
     deliver_to: list[str] | None = None  # what it says itself
     attachments: tuple[Attached, ...] = ()
 
@@ -92,37 +102,63 @@ def _scan(folder: str, copies: Copies, taken: Mapping[str, Identity], how: How, 
         if how != "alive":
             return Scan([], 0, [])
         return Scan([], 0, [f"outbox/: {error.strerror}"])
-    if len(names) > limits.ENTRIES_PER_TASK_MAX:
-        problems.append(
-            f"outbox/ holds {len(names)} files; only the first {limits.ENTRIES_PER_TASK_MAX} are taken"
-        )
-    for name in names[: limits.ENTRIES_PER_TASK_MAX]:
+    names, left = _at_most(names, taken)
+    for name in names:
+        path, key, identity = f"{folder}/{name}", printable_name(name), _UNKNOWN
         try:
-            descriptor = os.open(f"{folder}/{name}", _OPEN)
+            status = os.lstat(path)
+            identity = (status.st_ino, status.st_size, status.st_mtime_ns)
+            if taken.get(key) == identity:
+                continue
+            descriptor = _open(path, status.st_mode)
         except FileNotFoundError:
             continue
-        except OSError as error:
-            problems.append(f"outbox/{name!r}: {error.strerror}")
+        except (Unfit, OSError) as error:
+            why = str(error) if isinstance(error, Unfit) else f"unreadable: {error.strerror}"
+            problems.append(f"outbox/{name!r}: {why}")
+            if how != "alive":
+                handed.append(Handed(key, identity, "", 0, b"", broken=why))
             continue
         try:
             status = os.fstat(descriptor)
             identity = (status.st_ino, status.st_size, status.st_mtime_ns)
-            if taken.get(printable_name(name)) == identity:
-                continue
-            if not stat.S_ISREG(status.st_mode):
-                problems.append(f"outbox/{name!r}: not a regular file")
-                continue
             if how != "exited" and has_writer(descriptor):
                 waiting += 1
                 if how == "alive":
                     continue
-            key = printable_name(name)
             handed.append(_read(descriptor, key, identity, folder, copies, how, entry_bytes_max))
         except BeingWritten:
             waiting += 1
         finally:
             os.close(descriptor)
+    if left:
+        why = f"too_many: {left} files are left in outbox/; of one attempt {limits.ENTRIES_PER_ATTEMPT_MAX} are taken"
+        problems.append(why)
+        if how != "alive":
+            handed.append(Handed(_THE_OTHERS, _UNKNOWN, "", 0, b"", broken=why))
     return Scan(handed, waiting, problems)
+
+
+def _at_most(names: list[str], taken: Mapping[str, Identity]) -> tuple[list[str], int]:
+    """Those that the limit allows, what was taken before first, and how many are left."""
+    most = limits.ENTRIES_PER_ATTEMPT_MAX
+    if len(names) <= most:
+        return names, 0
+    names.sort(key=lambda name: (printable_name(name) not in taken, name))
+    return names[:most], len(names) - most
+
+
+def _open(path: str, mode: int) -> int:
+    """A regular file, opened. What `mode` says is none is not touched: to open a FIFO would be felt by its writer. Raises
+    Unfit, OSError."""
+    if not stat.S_ISREG(mode):
+        what = _OTHER_KINDS.get(stat.S_IFMT(mode), "a device")
+        raise Unfit(f"not_a_file: {what}; only regular files are taken")
+    descriptor = os.open(path, _OPEN)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Unfit("not_a_file: it is no regular file any more")
+    return descriptor
 
 
 def _read(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inotify_simple import INotify, flags
 
 from agentqd.core import limits
 from agentqd.core.settings import Alerts, Queue, Settings, Sink
@@ -115,9 +116,76 @@ async def test_only_regular_files_without_a_leading_dot_are_taken(drop: Path) ->
         listener.bind(f"/proc/self/fd/{folder}/sock")
         os.close(folder)
         found = _scan(drop)
+        ended = _scan(drop, "exited")
     assert found.handed == []
     for name in ("folder", "fifo", "link", "dangling", "sock"):
         assert any(repr(name) in problem for problem in found.problems), name
+    assert _keys(ended) == ["dangling", "fifo", "folder", "link", "sock"]
+
+
+async def test_what_is_no_regular_file_is_set_aside_when_the_attempt_has_ended_and_nothing_of_it_is_read(
+    bench: Bench, drop: Path, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("nobody shall see this")
+    os.utime(secret, (1, 1))
+    (drop / "reply.txt").symlink_to(secret)
+    (drop / "r.json").symlink_to(secret)
+    (drop / "folder").mkdir()
+    (drop / "folder" / "inner.txt").write_text("nobody shall see this")
+    (drop / ".hidden").symlink_to(secret)
+    (drop / "good.txt").write_text("good")
+    for _ in range(2):  # told once, however often it is looked at
+        assert await _record(bench, _scan(drop, "exited").handed) == {"good.txt"}
+    dead = {row[0]: row[3] for row in await _rows(bench) if row[2] == "dead"}
+    assert dead == {
+        "reply.txt": "not_a_file: a symbolic link; only regular files are taken",
+        "r.json": "not_a_file: a symbolic link; only regular files are taken",
+        "folder": "not_a_file: a folder; only regular files are taken",
+    }
+    assert sorted(told["entry_key"] for told in await bench.alerts("entry_not_a_file")) == sorted(dead)
+    payloads = await bench.rows("SELECT payload FROM entries")
+    assert not any(b"shall see" in payload for (payload,) in payloads)
+    assert secret.stat().st_atime == 1
+
+
+async def test_what_is_no_regular_file_is_not_even_opened(drop: Path) -> None:
+    os.mkfifo(drop / "fifo")  # an open would be felt by its writer
+    (drop / "folder").mkdir()
+    (drop / "good.txt").write_text("good")
+    with INotify(nonblocking=True) as watch:
+        watch.add_watch(drop, flags.OPEN)
+        _scan(drop)
+        _scan(drop, "exited")
+        assert {event.name for event in watch.read(timeout=0)} - {""} == {"good.txt"}
+
+
+async def test_a_link_that_a_file_has_replaced_before_the_end_is_that_file(bench: Bench, drop: Path) -> None:
+    (drop / "x.txt").symlink_to("/etc/passwd")
+    assert _scan(drop).handed == []
+    (drop / ".x.txt").write_text("x")
+    (drop / ".x.txt").rename(drop / "x.txt")
+    assert await _record(bench, _scan(drop, "exited").handed) == {"x.txt"}
+    assert [row[2] for row in await _rows(bench)] == ["pending"]
+
+
+async def test_a_file_that_cannot_be_opened_is_set_aside_unless_it_was_taken_before(drop: Path) -> None:
+    for name in ("early.txt", "late.txt"):
+        (drop / name).write_text("x")
+    early = next(item.identity for item in _scan(drop).handed if item.key == "early.txt")
+    for name in ("early.txt", "late.txt"):
+        (drop / name).chmod(0)
+    program = (
+        "import json, sys; from agentqd.loops.dropfolder import scan\n"
+        "found = scan(*sys.argv[1:3], {'early.txt': tuple(json.loads(sys.argv[3]))}, 'exited', 10**9)\n"
+        "print(json.dumps([(item.key, item.broken) for item in found.handed]))"
+    )
+    as_anybody = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]  # fmt: skip
+    arguments = [sys.executable, "-c", program, str(drop), str(drop / "blobs"), json.dumps(early)]
+    done = subprocess.run(
+        [*(as_anybody if os.geteuid() == 0 else ()), *arguments], stdout=subprocess.PIPE, check=True
+    )
+    assert json.loads(done.stdout) == [["late.txt", "unreadable: Permission denied"]]
 
 
 async def test_a_name_that_is_not_utf8_can_be_recorded(bench: Bench, drop: Path) -> None:
@@ -203,13 +271,26 @@ async def test_a_file_over_the_limit_is_set_aside_unread(bench: Bench, drop: Pat
     assert (await _rows(bench))[0][3].startswith("too_large: 100 bytes")
 
 
-async def test_a_folder_with_too_many_files_says_so(drop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "ENTRIES_PER_TASK_MAX", 3)
-    for n in range(5):
+async def test_what_is_beyond_the_limit_is_told_by_one_row_and_one_alert(
+    bench: Bench, drop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "ENTRIES_PER_ATTEMPT_MAX", 3)
+    for n in range(2, 7):
         (drop / f"f{n}").write_text("x")
-    found = _scan(drop)
-    assert _keys(found) == ["f0", "f1", "f2"]
-    assert "5 files" in found.problems[0]
+    running = _scan(drop)
+    assert _keys(running) == ["f2", "f3", "f4"]
+    assert await _record(bench, running.handed) == {"f2", "f3", "f4"}
+    (drop / "f1").write_text("sorts before what was taken")
+    taken = {item.key: item.identity for item in running.handed}
+    ended = _scan(drop, "exited", taken)
+    assert _keys(ended) == ["(the others)"], "what was taken stays within the limit"
+    assert ended.problems == [ended.handed[0].broken]
+    for _ in range(2):
+        assert await _record(bench, ended.handed) == set()
+    rows = [row for row in await _rows(bench) if row[2] == "dead"]
+    assert rows == [("(the others)", "completions", "dead", "too_many: 3 files are left in outbox/; of one attempt 3 are taken")]  # fmt: skip
+    (told,) = await bench.alerts("entry_too_many")
+    assert "3 files are left" in told["message"]
 
 
 async def test_a_drop_folder_that_the_worker_removed_is_a_problem_only_while_it_lives(drop: Path) -> None:

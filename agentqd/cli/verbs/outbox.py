@@ -22,8 +22,8 @@ UNTIL = "Entries made before then."
 LIST_COLUMNS = (*OUTBOX_COLUMNS[:1], Column("TASK", flex=True), *OUTBOX_COLUMNS[1:])
 MORE_OF = {
     "retry": " With --state retryable: what waits for its next try, now. ALL leaves alone what cannot be sent as it is"
-    " (not_allowed, no_such_sink, malformed, incomplete, too_large): that goes by its id only. By an id, what is delivered is"
-    " sent again only if all of that entry is, or if --sink or --state says so."
+    " (not_allowed, no_such_sink, malformed, incomplete, too_large, not_a_file, unreadable, too_many): that goes by its id only."
+    " By an id, what is delivered is sent again only if all of that entry is, or if --sink or --state says so."
 }
 
 command = Family(
