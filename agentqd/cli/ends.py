@@ -8,7 +8,7 @@ from agentqd.cli.outcome import outcome
 from agentqd.cli.verb import Call
 from agentqd.client.logs import LogReader
 from agentqd.client.patience import Patience, may_come_back
-from agentqd.client.tasks import exit_code_of, unread_patience, wait_for
+from agentqd.client.tasks import exit_code_of, is_unread, unread_patience, wait_for
 from agentqd.core.errors import AgentqError
 
 
@@ -35,24 +35,26 @@ def log_reader(call: Call, task_id: str, stream: str) -> LogReader:
     return LogReader(call.box, task_id, stream, write=write, note=call.out.note)
 
 
-def follow_to_the_end(call: Call, task_id: str, *, may_be_unread: bool) -> int:
+def follow_to_the_end(
+    call: Call, task_id: str, *, may_be_unread: bool, submitted_at: str | None = None
+) -> int:
     """The worker's stdout as it comes, then the exit code of its end."""
     if may_be_unread:
-        _until_known(call, task_id)
+        _until_known(call, task_id, submitted_at)
     log_reader(call, task_id, "stdout").follow(None)
     end = wait_for(call.box, task_id)
     call.out.note("  ".join(filter(None, (task_id, outcome(end), why_refused(end)))))
     return exit_code_of(end)
 
 
-def _until_known(call: Call, task_id: str) -> None:
-    """A line in the queue file becomes a task when the daemon has read it."""
+def _until_known(call: Call, task_id: str, submitted_at: str | None) -> None:
+    """A line in the queue file becomes a task when the daemon has read it. Raises AgentqError: it was rejected."""
     patience, unread = Patience(call.box.reconnect_s), unread_patience(call.box)
     while True:
         try:
             call.box.connection.get("tasks", task_id)
         except AgentqError as error:
-            if error.code == "no_such_task":
+            if is_unread(error, submitted_at):
                 patience.succeeded()
                 unread.bear(error)
             elif may_come_back(error):

@@ -11,7 +11,7 @@ from agentqd.client.flush import Report, flush_spool, may_pass
 from agentqd.client.patience import WAIT_FIRST_S
 from agentqd.client.spool import Spool
 from agentqd.client.spooling import spooled_view
-from agentqd.client.tasks import wait_for
+from agentqd.client.tasks import is_rejection, is_unread, wait_for
 from agentqd.core.errors import AgentqError, Unreachable
 
 LOOK_MAX_S = 5.0
@@ -40,12 +40,17 @@ def tell_report(call: Call, spool: Spool, report: Report) -> None:
 
 def view_or_raise(call: Call, task_id: str, error: AgentqError) -> dict[str, Any]:
     """A task of which only the spool knows. Raises `error` where that knows nothing either."""
-    if call.spool is None or not (isinstance(error, Unreachable) or error.code == "no_such_task"):
+    if call.spool is None or not (isinstance(error, Unreachable) or _is_missing(error)):
         raise error
     view = spooled_view(call.spool, task_id)
     if view is None:
         raise error
     return {**view, "message": error.message} if view["state"] is None else view
+
+
+def _is_missing(error: AgentqError) -> bool:
+    """What the spool knows of it says more than that the box has none, or has rejected it."""
+    return error.code == "no_such_task" or is_rejection(error)
 
 
 def say_view(call: Call, view: dict[str, Any]) -> None:
@@ -61,12 +66,19 @@ def say_view(call: Call, view: dict[str, Any]) -> None:
 
 
 def wait_for_end(
-    call: Call, task_id: str, *, timeout_s: float | None = None, may_be_unread: bool = False
+    call: Call,
+    task_id: str,
+    *,
+    timeout_s: float | None = None,
+    may_be_unread: bool = False,
+    submitted_at: str | None = None,
 ) -> dict[str, Any]:
     """The end of a task, also of one that is still spooled, or that the box refuses from there. As tasks.wait_for."""
     until = None if timeout_s is None else time.monotonic() + timeout_s
     if call.spool is None:
-        return wait_for(call.box, task_id, timeout_s=timeout_s, may_be_unread=may_be_unread)
+        return wait_for(
+            call.box, task_id, timeout_s=timeout_s, may_be_unread=may_be_unread, submitted_at=submitted_at
+        )
     was_spooled = until_sent(call, call.spool, task_id, until)
     if was_spooled is None:
         return {
@@ -86,7 +98,7 @@ def wait_for_end(
         try:
             return wait_for(call.box, task_id, timeout_s=left_s)
         except AgentqError as error:
-            if error.code != "no_such_task":
+            if not _is_missing(error):
                 raise
             view = spooled_view(call.spool, task_id)
             if view is not None and view["state"] is not None:
@@ -97,7 +109,7 @@ def wait_for_end(
                     "exit_code": None,
                     "finished": True,
                 }
-            if time.monotonic() >= unread_until:
+            if not is_unread(error, submitted_at) or time.monotonic() >= unread_until:
                 raise
         time.sleep(wait_s if left_s is None else min(wait_s, left_s))
         wait_s = min(wait_s * 2, 1.0)

@@ -78,11 +78,13 @@ def wait_for(
     *,
     timeout_s: float | None = None,
     may_be_unread: bool = False,
+    submitted_at: str | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
     """The end of a task: `{"id", "state", "result", "reason", "detail", "conflicts", "exit_code", "finished"}`; `finished` is false only after
-    `timeout_s`. `may_be_unread`: the line stands in the queue file, so "no such task" is "not yet" for a while."""
+    `timeout_s`. `may_be_unread`: the line stands in the queue file, so "no such task" is "not yet" for a while, and so is the
+    rejection of an older line with this id: `submitted_at` is that of ours. Raises AgentqError: ours was rejected."""
     until = None if timeout_s is None else clock() + timeout_s
     patience = Patience(box.reconnect_s, clock)
     unread = unread_patience(box, clock)
@@ -104,7 +106,7 @@ def wait_for(
                 "tasks", task_id, "wait", query={"timeout_s": f"{left_s:.3f}"}, extra_s=left_s
             )
         except AgentqError as error:
-            if error.code == "no_such_task" and may_be_unread:
+            if may_be_unread and is_unread(error, submitted_at):
                 unread.bear(error, until)
             elif may_come_back(error):
                 unread.succeeded()  # the daemon has been away: its next "no such task" is its first
@@ -118,6 +120,17 @@ def wait_for(
             return last
         if clock() - asked < POLL_MIN_S:
             sleep(POLL_MIN_S)  # a daemon that does not sit on the question must not be asked without pause
+
+
+def is_rejection(error: AgentqError) -> bool:
+    """There is no such task, because the box has rejected what was submitted under its id (docs/api.md)."""
+    return "rejected_at" in error.fields
+
+
+def is_unread(error: AgentqError, submitted_at: str | None) -> bool:
+    """The daemon may not have read the line yet: it knows nothing of its id, or only an older rejection."""
+    older = is_rejection(error) and submitted_at not in (None, error.fields.get("submitted_at"))
+    return error.code == "no_such_task" or older
 
 
 def unread_patience(box: Box, clock: Callable[[], float] = time.monotonic) -> Patience:

@@ -20,9 +20,10 @@ from typing import Final
 import msgspec
 from aiohttp import web
 
+from agentqd.control.missing import REJECTED, missing, no_such_task
 from agentqd.control.room import Room
 from agentqd.control.route import Call, NoSuchAttempt, Param, Route
-from agentqd.core.errors import AgentqError, NoSuchTask
+from agentqd.core.errors import AgentqError
 from agentqd.core.lifecycle import ACTIVE_STATES
 from agentqd.core.limits import MIB
 from agentqd.core.task import TASK_ID
@@ -67,7 +68,7 @@ async def read_log(call: Call) -> web.StreamResponse:
     room, query = call.room, call.query
     task_id, offset = call.part("id"), query["offset"]
     if not TASK_ID.fullmatch(task_id):
-        raise NoSuchTask(f"there is no task {task_id[:80]!r}", id=task_id[:80])
+        raise no_such_task(task_id)
     deadline = room.deadline(query["wait_s"])
     with room.watch.of(task_id) as changed:
         where = await _look(room, task_id, query["attempt"], query["stream"])
@@ -107,7 +108,7 @@ async def _look(room: Room, task_id: str, attempt: int | None, stream: str) -> W
     def query(connection: sqlite3.Connection) -> Where:
         task = store.find(connection, task_id)
         if task is None:
-            raise NoSuchTask(f"there is no task {task_id!r}", id=task_id)
+            raise missing(connection, task_id)
         number = task.attempt if attempt is None else attempt
         if not 1 <= number <= task.attempt:
             there_are = f"there are {task.attempt}" if task.attempt else "none has begun yet"
@@ -229,6 +230,6 @@ ROUTES: Final = (
             Param("wait_s", "wait so long for more bytes", "number", 0.0, 0, WAIT_MAX_S),
         ),
         answer="application/octet-stream",
-        more_statuses={404: "no_such_task, no_such_attempt", 409: "log_unreadable"},
+        more_statuses={404: "no_such_task, no_such_attempt", 409: "log_unreadable", 422: REJECTED},
     ),
 )

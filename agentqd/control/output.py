@@ -20,6 +20,7 @@ import msgspec
 from aiohttp import web
 
 from agentqd.control import queries
+from agentqd.control.missing import no_such_task
 from agentqd.control.outputfiles import (
     CHUNK_BYTES,
     FileChanged,
@@ -30,7 +31,7 @@ from agentqd.control.outputfiles import (
     unreadable,
 )
 from agentqd.control.route import Call, NoSuchAttempt, Param, Route, answer
-from agentqd.control.tasks import no_such_task, task_id_of
+from agentqd.control.tasks import task_id_of
 from agentqd.core.envelope import data_of
 from agentqd.core.errors import AgentqError, InvalidRequest
 from agentqd.core.lifecycle import ACTIVE_STATES

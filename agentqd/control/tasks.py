@@ -11,6 +11,7 @@ from aiohttp import web
 
 from agentqd.control import queries
 from agentqd.control.logs import size_of
+from agentqd.control.missing import REJECTED, missing, no_such_task
 from agentqd.control.queries import Written
 from agentqd.control.reasons import Looker, SeenWaiting
 from agentqd.control.room import Room
@@ -24,7 +25,6 @@ from agentqd.control.views import (
     settings_view,
     task_summary,
 )
-from agentqd.core.errors import NoSuchTask
 from agentqd.core.limits import LIST_ROWS_MAX
 from agentqd.core.resolve import resolve
 from agentqd.core.task import TASK_ID, read_task
@@ -61,10 +61,6 @@ def task_id_of(call: Call) -> str:
     return task_id
 
 
-def no_such_task(task_id: str) -> NoSuchTask:
-    return NoSuchTask(f"there is no task {task_id[:80]!r}", id=task_id[:80])
-
-
 def _read_shown(room: Room, connection: sqlite3.Connection, task_id: str) -> Shown | None:
     task = store.find(connection, task_id)
     if task is None:
@@ -85,7 +81,7 @@ async def show_task(call: Call) -> web.StreamResponse:
     room, task_id = call.room, task_id_of(call)
     shown = await room.box.journal.read(lambda c: _read_shown(room, c, task_id))
     if shown is None:
-        raise no_such_task(task_id)
+        raise await room.box.journal.read(lambda c: missing(c, task_id))
     task, request = shown.task, read_task(shown.spec)
     written = Written(request.labels, request.not_before, request.prompt_ref)
     view = task_summary(room, task, written, shown.waiting, shown.pid)
@@ -159,7 +155,7 @@ ROUTES: Final = (
         "/v1/tasks/{id}",
         "One task, from its line to its deliveries.",
         show_task,
-        more_statuses=_MISSING,
+        more_statuses={**_MISSING, 422: REJECTED},
     ),
     _route("cancel", "End a task; a running worker is ended first.", _action(_cancel)),
     _route("hold", "Keep a waiting task from starting.", _action(_hold)),

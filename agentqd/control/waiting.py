@@ -9,8 +9,9 @@ import msgspec
 from aiohttp import web
 
 from agentqd.control import queries
+from agentqd.control.missing import REJECTED, missing
 from agentqd.control.route import Call, Param, Route, answer
-from agentqd.control.tasks import no_such_task, task_id_of
+from agentqd.control.tasks import task_id_of
 from agentqd.core.lifecycle import State
 from agentqd.loops.claiming import WRITE_CONFLICT
 from agentqd.storage import tasks as store
@@ -27,7 +28,7 @@ async def wait_for_task(call: Call) -> web.StreamResponse:
         while True:
             end = await room.box.journal.read(lambda c: _end_of(c, task_id))
             if end is None:
-                raise no_such_task(task_id)
+                raise await room.box.journal.read(lambda c: missing(c, task_id))
             left_s = room.left_s(deadline)
             if end["finished"] or left_s <= 0:
                 return answer(end)
@@ -73,6 +74,6 @@ ROUTES: Final = (
         "Answers when the task is finished or the time is over.",
         wait_for_task,
         query=(Param("timeout_s", "wait so long at most", "number", 30.0, 0, WAIT_MAX_S),),
-        more_statuses={404: "no_such_task"},
+        more_statuses={404: "no_such_task", 422: REJECTED},
     ),
 )

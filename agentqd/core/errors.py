@@ -54,6 +54,11 @@ class IdConflict(InvalidTask):
     http_status = 409
 
 
+class TaskRejected(InvalidTask):
+    """What was submitted under this id was never accepted, and there is no task. `code` is the rejection's own reason;
+    `rejected_at` and `submitted_at` (as the submitter wrote it) say which submission is meant."""
+
+
 class InvalidRequest(AgentqError):
     """A request to the control socket that makes no sense."""
 

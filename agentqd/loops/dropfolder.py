@@ -62,7 +62,9 @@ class Handed(msgspec.Struct, frozen=True):
     size: int
     content: bytes | None  # None: large, see blob
     blob: str | None = None  # path of our own durable copy
-    broken: str | None = None  # incomplete, malformed: ..., too_large: ..., not_a_file: ..., unreadable: ..., too_many: ...
+    broken: str | None = (
+        None  # incomplete, malformed: ..., too_large: ..., not_a_file: ..., unreadable: ..., too_many: ...
+    )
     deliver_to: list[str] | None = None  # what it says itself
     attachments: tuple[Attached, ...] = ()
 

@@ -12,10 +12,11 @@ from agentqd.core.envelope import delivery_id, seal
 from agentqd.core.errors import AgentqError
 from agentqd.core.lines import Line
 from agentqd.core.routing import COMPLETIONS, REJECTED
+from agentqd.core.task import TASK_ID
 from agentqd.core.units import format_time
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
-from agentqd.storage import outbox
+from agentqd.storage import outbox, rejections
 from agentqd.storage.queuefile import Position
 from agentqd.storage.transaction import Transaction
 
@@ -51,7 +52,8 @@ def reject(tx: Transaction, box: Box, at: Rejected, wrong: AgentqError) -> None:
     kept_id = delivery_id(box.state_id, "", 0, "rejection", place)
     if outbox.entry_exists(tx, kept_id) is not None:
         return
-    name, submitted_id = _readable(at.raw)
+    written = _readable(at.raw)
+    submitted_id = written.get("id")
     kept: dict[str, Any] = {
         "at": format_time(tx.now_us),
         "file": at.file,
@@ -70,8 +72,9 @@ def reject(tx: Transaction, box: Box, at: Rejected, wrong: AgentqError) -> None:
     told_id = delivery_id(box.state_id, "", 0, "result", place)
     told = {
         "task_id": None,
-        "name": name,
+        "name": written.get("task"),
         "submitted_id": submitted_id,
+        "submitted_at": written.get("submitted_at"),
         "status": "refused",
         "reason": wrong.code,
         "message": wrong.message,
@@ -80,7 +83,9 @@ def reject(tx: Transaction, box: Box, at: Rejected, wrong: AgentqError) -> None:
         "file": at.file,
         "offset": at.offset,
     }
-    _add(tx, box, told_id, "result", place, "agentq.task.refused", told, COMPLETIONS)
+    told_seq = _add(tx, box, told_id, "result", place, "agentq.task.refused", told, COMPLETIONS)
+    if submitted_id is not None and TASK_ID.fullmatch(submitted_id):
+        rejections.remember(tx, submitted_id, told_seq)
     tx.event(None, "line_rejected", file=at.file, offset=at.offset, length=at.length, reason=wrong.code)
     alert(
         tx,
@@ -95,19 +100,18 @@ def reject(tx: Transaction, box: Box, at: Rejected, wrong: AgentqError) -> None:
 
 def _add(
     tx: Transaction, box: Box, entry_id: str, kind: Any, key: str, type_: str, data: dict[str, Any], sink: str
-) -> None:
+) -> int:
     payload = seal(entry_id, type_, box.name, None, tx.now_us, data)
     new = outbox.NewEntry(entry_id, None, 0, 0, kind, key, type_, payload, [sink])
-    outbox.add_entry(tx, new)
+    return outbox.add_entry(tx, new)
 
 
-def _readable(raw: bytes) -> tuple[str | None, str | None]:
-    """The name and id that a rejected line gives, where they can be read (also where a byte elsewhere is not UTF-8)."""
+def _readable(raw: bytes) -> dict[str, str]:
+    """What a rejected line says of itself, where that can be read (also where a byte elsewhere is not UTF-8)."""
     try:
         value = msgspec.json.decode(raw.decode("utf-8", "replace"))
     except (msgspec.DecodeError, RecursionError):
-        return None, None
+        return {}
     if not isinstance(value, dict):
-        return None, None
-    name, task_id = value.get("task"), value.get("id")
-    return (name if isinstance(name, str) else None), (task_id if isinstance(task_id, str) else None)
+        return {}
+    return {name: text for name in ("task", "id", "submitted_at") if isinstance(text := value.get(name), str)}

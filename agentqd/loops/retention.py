@@ -23,7 +23,7 @@ from agentqd.core.resolve import resolve
 from agentqd.core.task import read_task
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
-from agentqd.storage import blobs, outbox, setaside
+from agentqd.storage import blobs, outbox, rejections, setaside
 from agentqd.storage import tasks as store
 from agentqd.storage.transaction import Transaction
 
@@ -201,6 +201,7 @@ class Retention:
             for table in ("entries", "attempts", "intents", "dependencies"):
                 tx.execute(f"DELETE FROM {table} WHERE task_seq = ?", (seq,))  # noqa: S608 - fixed names
             tx.execute("DELETE FROM ids WHERE newest = ?", (row[0],))
+            rejections.forget(tx, row[0])
             tx.execute("DELETE FROM tasks WHERE seq = ?", (seq,))
             tx.count_task(row[1], row[2], row[3], -1)
             # a copy belongs to one entry; those from before schema 7 may belong to several

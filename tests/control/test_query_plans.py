@@ -15,6 +15,7 @@ from agentqd.control.tasklist import SEQ_MAX, Wanted
 from agentqd.core.outbox import RowState
 from agentqd.loops import rowchanges
 from agentqd.loops.rowchanges import Pick
+from agentqd.storage import rejections
 
 from .harness import Daemon
 
@@ -58,6 +59,14 @@ async def test_no_query_of_the_control_room_walks_a_table(daemon: Daemon, name: 
         if not (name == "LAST_EVENT" and step == "SCAN events")
     ]
     assert not walks(plan), plan
+
+
+async def test_a_rejection_is_found_by_keys_however_many_there_are(daemon: Daemon) -> None:
+    plan = await plan_of(daemon, rejections.TOLD)
+    assert plan == [
+        "SEARCH r USING PRIMARY KEY (id=?)",
+        "SEARCH e USING INTEGER PRIMARY KEY (rowid=?)",
+    ]
 
 
 @pytest.mark.parametrize("sql", [outbox.PARKED_SQL, outbox.OPEN_SQL, outbox.WINDOW_SQL, outbox.OF_TASK_SQL])

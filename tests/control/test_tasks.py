@@ -375,3 +375,34 @@ async def test_show_tells_what_was_declared_but_no_prompt_and_no_env(daemon: Dae
     }  # fmt: skip
     assert "s3cret" not in str(shown)
     assert "say nothing" not in str(shown)
+
+
+LINE = {"task": "off", "id": "OFF3", "prompt": "true", "queue": "nosuch", "submitted_at": "2026-01-02T03:04:05Z"}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["", "/wait", "/logs"])
+async def test_who_asks_for_a_task_that_was_rejected_is_told_why(daemon: Daemon, what: str) -> None:
+    await daemon.fails("POST", "/v1/tasks?spooled=k1", 422, "unknown_queue", json=LINE)
+    told = await daemon.fails("GET", f"/v1/tasks/OFF3{what}", 422, "unknown_queue")
+    assert told["message"].startswith("task OFF3 was not accepted: ")
+    assert "'nosuch'" in told["message"]
+    assert (told["id"], told["name"], told["submitted_at"]) == ("OFF3", "off", LINE["submitted_at"])
+    assert told["rejected_at"]
+    await daemon.fails("GET", f"/v1/tasks/OFF4{what}", 404, "no_such_task")
+
+
+async def test_of_several_rejections_of_an_id_the_newest_is_told_and_a_task_comes_first(
+    daemon: Daemon,
+) -> None:
+    await daemon.fails("POST", "/v1/tasks?spooled=k1", 422, "unknown_queue", json=LINE)
+    later = {**LINE, "queue": "default", "deliver_to": ["nowhere"]}
+    await daemon.fails("POST", "/v1/tasks?spooled=k2", 422, "unknown_sink", json=later)
+    await daemon.fails("GET", "/v1/tasks/OFF3", 422, "unknown_sink")
+    await daemon.submit(id="OFF3")
+    assert (await daemon.get("/v1/tasks/OFF3"))["state"] == "queued"
+
+
+async def test_a_rejected_id_that_is_no_id_leads_nowhere(daemon: Daemon) -> None:
+    for n, task_id in enumerate(("../x", "x" * 65, 7)):
+        await daemon.fails("POST", f"/v1/tasks?spooled=k{n}", 422, "invalid_field", json={**LINE, "id": task_id})  # fmt: skip
+    assert await daemon.journal.read(lambda c: c.execute("SELECT * FROM rejected_ids").fetchall()) == []

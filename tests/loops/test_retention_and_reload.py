@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from agentqd.core.errors import ConfigError
+from agentqd.core.errors import ConfigError, InvalidTask
 from agentqd.core.outbox import RowEvent
 from agentqd.core.settings import Queue, Settings
 from agentqd.core.settings import Retention as Keep
 from agentqd.core.units import Duration
 from agentqd.loops.attachments import Attached
 from agentqd.loops.dropfolder import Handed
+from agentqd.loops.rejection import Rejected, reject
 from agentqd.loops.reload import Reload
 from agentqd.loops.retention import Retention
-from agentqd.storage import audit, outbox, setaside
+from agentqd.storage import audit, outbox, rejections, setaside
 from agentqd.storage.configfile import load_settings
 from agentqd.storage.journal import Journal
 from agentqd.system.inotify import Inotify, NoInotify
@@ -59,6 +60,19 @@ async def test_old_delivered_tasks_go_with_everything_that_is_theirs(bench: Benc
     assert os.listdir(bench.folders.tasks) == []
     for table in ("entries", "outbox", "tries", "intents", "dependencies"):
         assert await bench.rows(f"SELECT count(*) FROM {table}") == [(0,)], table
+
+
+async def test_an_id_whose_task_was_removed_is_not_said_to_be_rejected_long_ago(bench: Bench) -> None:
+    wrong = InvalidTask("no", code="unknown_queue")
+    for task_id in ("a", "b"):
+        at = Rejected(task_id, "here", b'{"task": "t", "id": "%s"}' % task_id.encode())
+        await bench.do(lambda tx, at=at: reject(tx, bench.box, at, wrong))
+    await _old(bench, "a")
+    await _sweep(bench)
+    assert await bench.journal.read(lambda c: rejections.find(c, "a")) is None
+    told = await bench.journal.read(lambda c: rejections.find(c, "b"))
+    assert told is not None
+    assert told["reason"] == "unknown_queue"
 
 
 async def test_a_folder_whose_commit_did_not_happen_goes_back_and_one_whose_commit_did_goes(

@@ -155,6 +155,39 @@ def test_submit_wait_and_logs_follow_a_worker_to_its_end(box: RealBox) -> None:
     assert (done.returncode, done.stdout) == (4, b"one\ntwo\n")
 
 
+@pytest.mark.row(80)
+@pytest.mark.parametrize("how", ["--wait", "--follow"])
+def test_a_line_that_is_rejected_is_told_to_who_waits_for_it_and_its_id_is_free(
+    box: RealBox, how: str
+) -> None:
+    def submit_while_off(*words: str) -> tuple[int, bytes, bytes]:
+        """Waiting begins before the daemon does."""
+        box.stop()
+        done: list[tuple[int, bytes, bytes]] = []
+
+        def run() -> None:
+            ended = box.ctl("submit", "--id", "OFF3", how, *words)
+            done.append((ended.returncode, ended.stdout, ended.stderr))
+
+        lines = box.queue_file.read_text().count("\n") if box.queue_file.exists() else 0
+        waiter = threading.Thread(target=run)
+        waiter.start()
+        wait_for("the line", lambda: box.queue_file.exists() and box.queue_file.read_text().count("\n") > lines)  # fmt: skip
+        box.start()
+        waiter.join(30)
+        return done[0]
+
+    code, _, said = submit_while_off("--queue", "nosuch", "echo off")
+    assert code == 65
+    assert b"'nosuch'" in said
+    for verb in ("wait", "show", "logs"):
+        asked = box.ctl(verb, "OFF3")
+        assert (asked.returncode, b"'nosuch'" in asked.stderr) == (65, True), verb
+    code, out, _ = submit_while_off("echo out; exit 3")  # the older rejection is none of this one's
+    assert (code, b"out\n" in out) == (3, how == "--follow")
+    assert box.show("OFF3")["result"] == "failed"
+
+
 @pytest.mark.row(17)
 def test_pause_resume_hold_and_release_stop_and_start_what_they_say(box: RealBox) -> None:
     assert box.ctl("pause", "default").returncode == 0

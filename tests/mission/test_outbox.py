@@ -233,8 +233,10 @@ echo '{"deliver_to": ["archive"], "attachments": ["a\u0000b"]}' > i.json; echo t
     assert box.result("mixed")["status"] == "success"
     assert [entry["key"] for entry in box.entries("mixed")] == ["a.txt", "c.json", "z.txt"]
     dead = {row["key"]: row["last_error"] for row in box.show("mixed")["outbox"] if row["state"] == "dead"}
-    assert set(dead) == {"b.json", "c.json", "d.json", "h.json", "i.json"}
+    assert set(dead) == {"b.json", "c.json", "d.json", "e.txt", "f", "g", "h.json", "i.json"}
     assert dead.pop("c.json").startswith("no_such_sink")  # that row alone: the others get the entry as usual
+    assert all(dead.pop(key).startswith("not_a_file") for key in ("e.txt", "f", "g"))
+    wait_for("their alerts", lambda: len(box.alerts("entry_not_a_file")) == 3)
     assert all(reason.startswith("malformed") for reason in dead.values())
     wait_for("the alerts", lambda: len(box.alerts("entry_malformed")) == 4)
     wait_for("the alert", lambda: len(box.alerts("sink_refused")) == 1)

@@ -105,14 +105,15 @@ def command(call: Call, wait: bool, follow: bool, require_box: bool, **said: Any
     if follow:
         call.out.flush()
         _until_sent(call, answer)
-        return follow_to_the_end(call, fields["id"], may_be_unread=unread)
+        at = fields["submitted_at"]
+        return follow_to_the_end(call, fields["id"], may_be_unread=unread, submitted_at=at)
     if not wait:
         if call.as_json:
             call.out.json(answer)
         return 0
     call.out.flush()
     try:
-        end = _wait(call, str(answer.get("task_id")), may_be_unread=unread)
+        end = _wait(call, str(answer.get("task_id")), fields["submitted_at"], may_be_unread=unread)
     except AgentqError as error:  # the task itself is in safe hands: say which one it is
         error.fields |= {"task_id": answer.get("task_id"), "where": answer.get("where")}
         raise
@@ -147,12 +148,12 @@ def _until_sent(call: Call, answer: dict[str, Any]) -> None:
         until_sent(call, call.spool, str(answer["task_id"]), None)
 
 
-def _wait(call: Call, task_id: str, *, may_be_unread: bool) -> dict[str, Any]:
+def _wait(call: Call, task_id: str, submitted_at: str, *, may_be_unread: bool) -> dict[str, Any]:
     if call.spool is None:
-        return wait_for(call.box, task_id, may_be_unread=may_be_unread)
+        return wait_for(call.box, task_id, may_be_unread=may_be_unread, submitted_at=submitted_at)
     from agentqd.cli.spooled import wait_for_end
 
-    return wait_for_end(call, task_id, may_be_unread=may_be_unread)
+    return wait_for_end(call, task_id, may_be_unread=may_be_unread, submitted_at=submitted_at)
 
 
 def task_fields(said: dict[str, Any], on_the_box: Callable[..., str]) -> dict[str, Any]:
