@@ -65,6 +65,12 @@ def say_view(call: Call, view: dict[str, Any]) -> None:
         out.lines(str(view["detail"] or ""))
 
 
+def look_for(call: Call, task_id: str, timeout_s: float | None) -> None:
+    """Is there such a task, on the box or here? Raises AgentqError if not."""
+    if call.spool is None or spooled_view(call.spool, task_id) is None:
+        wait_for(call.box, task_id, timeout_s=timeout_s, only_look=True)
+
+
 def wait_for_end(
     call: Call,
     task_id: str,

@@ -79,12 +79,13 @@ def wait_for(
     timeout_s: float | None = None,
     may_be_unread: bool = False,
     submitted_at: str | None = None,
+    only_look: bool = False,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
     """The end of a task: `{"id", "state", "result", "reason", "detail", "conflicts", "exit_code", "finished"}`; `finished` is false only after
     `timeout_s`. `may_be_unread`: the line stands in the queue file, so "no such task" is "not yet" for a while, and so is the
-    rejection of an older line with this id: `submitted_at` is that of ours. Raises AgentqError: ours was rejected."""
+    rejection of an older line with this id: `submitted_at` is that of ours. `only_look`: the first answer is enough. Raises AgentqError: ours was rejected."""
     until = None if timeout_s is None else clock() + timeout_s
     patience = Patience(box.reconnect_s, clock)
     unread = unread_patience(box, clock)
@@ -100,7 +101,8 @@ def wait_for(
     }
     while True:
         asked = clock()
-        left_s = LONG_POLL_S if until is None else max(0.0, min(LONG_POLL_S, until - clock()))
+        most_s = 0.0 if only_look else LONG_POLL_S
+        left_s = most_s if until is None else max(0.0, min(most_s, until - clock()))
         try:
             last = box.connection.get(
                 "tasks", task_id, "wait", query={"timeout_s": f"{left_s:.3f}"}, extra_s=left_s
@@ -116,6 +118,8 @@ def wait_for(
         else:
             patience.succeeded()
             may_be_unread = False
+            if only_look:
+                return last
         if take(last, "finished", bool) or (until is not None and clock() >= until):
             return last
         if clock() - asked < POLL_MIN_S:

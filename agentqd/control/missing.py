@@ -7,6 +7,7 @@ from typing import Final
 
 from agentqd.core.errors import NoSuchTask, TaskRejected
 from agentqd.storage import rejections
+from agentqd.storage import tasks as store
 
 REJECTED: Final = "the reason's code: what came under this id was rejected"
 
@@ -28,3 +29,9 @@ def missing(connection: sqlite3.Connection, task_id: str) -> NoSuchTask | TaskRe
         rejected_at=told["completed_at"],
         submitted_at=told["submitted_at"],
     )
+
+
+def must_know_task(connection: sqlite3.Connection, task_id: str) -> None:
+    """Raises NoSuchTask, TaskRejected."""
+    if store.find(connection, task_id) is None:
+        raise missing(connection, task_id)

@@ -13,9 +13,11 @@ import msgspec
 from aiohttp import web
 
 from agentqd.control import queries
+from agentqd.control.missing import REJECTED, must_know_task
 from agentqd.control.outboxchange import BOUNDS, STATES, WINDOW, span
 from agentqd.control.room import Room
 from agentqd.control.route import Call, Param, Route, answer, comma_list
+from agentqd.control.rowchoice import must_know_sink
 from agentqd.control.tasklist import LIMIT, SEQ_MAX
 from agentqd.control.views import ROW_COLUMNS, ROW_TABLES, OutboxRow, outbox_view, shown_state
 from agentqd.core.errors import NoSuchDelivery
@@ -126,11 +128,14 @@ async def list_rows(call: Call) -> web.StreamResponse:
     since_us, until_us = span(query["since"], query["until"], room.box.clock.now_us())
     wanted = Wanted(comma_list(query["state"], STATES, "state"), query["sink"], since_us, until_us)
     limit, before, task_id = query["limit"], query["before"], query["task"]
+    await must_know_sink(room, wanted.sink)
     if task_id is None:
         rows = await find_rows(room, wanted, before, limit + 1)
     else:
         sql, values = OF_TASK_SQL, (task_id, before, 10 * LIST_ROWS_MAX)
         of_task = await room.box.journal.read(lambda c: [OutboxRow(*row) for row in c.execute(sql, values)])
+        if not of_task:
+            await room.box.journal.read(lambda c: must_know_task(c, task_id))
         rows = [row for row in of_task if wanted.takes(room, row)]
     page, next_before = whole_entries(rows, limit)
     return answer({"rows": [outbox_view(room, row) for row in page], "next_before": next_before})
@@ -194,6 +199,7 @@ ROUTES: Final = (
         "/v1/outbox",
         "Outbox rows, newest first.",
         list_rows,
+        more_statuses={404: "no_such_sink, no_such_task", 422: REJECTED},
         query=(
             Param("state", f"comma list of {', '.join(STATES)}"),
             Param("sink", "a sink's name"),

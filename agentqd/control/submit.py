@@ -19,9 +19,11 @@ from aiohttp import web
 from agentqd.control.room import Room
 from agentqd.control.route import Call, Param, Route, answer
 from agentqd.core.errors import AgentqError, InvalidRequest, InvalidTask, RefusedForNow
-from agentqd.core.lifecycle import WAITING_STATES, Result, State
+from agentqd.core.lifecycle import WAITING_STATES, Event, Result, State
 from agentqd.core.limits import KIB
+from agentqd.core.units import parse_time_us
 from agentqd.loops.admission import Accepted, Duplicate, admit
+from agentqd.loops.finishing import finish_waiting
 from agentqd.loops.preparing import Candidate, prepare
 from agentqd.loops.rejection import Rejected, reject
 from agentqd.storage import tasks as store
@@ -93,7 +95,7 @@ def _said(room: Room, settled: Settled) -> web.Response:
         "duplicate": not fresh,
         "where": "accepted",
     }
-    if settled.result == Result.REFUSED:
+    if settled.reason is not None:
         said |= {"reason": settled.reason, "message": settled.detail}
     return answer(said, 201 if fresh else 200)
 
@@ -147,8 +149,18 @@ def _decide(tx: Transaction, room: Room, candidate: Candidate) -> Settled | Agen
     refusal = _refusal(tx, room, candidate.new.queue)
     if refusal is not None:
         raise refusal  # the unit's changes are undone
-    task = store.get(tx, outcome.seq) if outcome.state is State.FINISHED else None
-    return Settled(outcome, None, None, None) if task is None else _settled(outcome, task)
+    task = _now(tx, room, candidate, store.get(tx, outcome.seq))
+    if task.state is not State.FINISHED:
+        return Settled(outcome, None, None, None)
+    return _settled(Accepted(task.id, task.seq, task.state), task)
+
+
+def _now(tx: Transaction, room: Room, candidate: Candidate, task: TaskRow) -> TaskRow:
+    """One that came too late ends here, so that the answer says it. (Of lines nobody waits for one: loops/waking.py.)"""
+    late = candidate.request.expires_at
+    if late is None or task.state not in WAITING_STATES or parse_time_us(late) > tx.now_us:
+        return task
+    return finish_waiting(tx, room.box, task, Event.EXPIRED, Result.EXPIRED, "expires_at")
 
 
 def _settled(outcome: Accepted | Duplicate, task: TaskRow) -> Settled:

@@ -49,6 +49,15 @@ def test_wait_for_several_exits_as_the_first_that_did_not_succeed(ctl: Ctl, daem
     assert ctl("wait", "nope").code == 66
 
 
+def test_wait_for_several_looks_at_all_before_it_waits_for_the_first(ctl: Ctl, daemon: StandIn) -> None:
+    daemon.tasks["long"] = a_task("long", state="running", result=None)
+    done = ctl("wait", "long", "nope")
+    assert (done.code, done.out) == (66, "")
+    assert "nope" in done.err
+    done = ctl("wait", "long", "nope", "--timeout", "20s", "--json")
+    assert (done.code, done.json["error"]) == (66, "no_such_task")
+
+
 def test_wait_gives_up_after_its_timeout_and_the_task_goes_on(ctl: Ctl, daemon: StandIn) -> None:
     daemon.tasks["a"] = a_task("a", state="running", result=None)
     done = ctl("wait", "a", "--timeout", "300ms", "--json")

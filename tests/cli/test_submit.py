@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from agentqd.core.errors import NotPermitted
 from agentqd.core.task import read_task
 
 from .conftest import Ctl
-from .standin import StandIn, a_task, error, hang_up
+from .standin import LATER, NOW, StandIn, a_task, error, hang_up
 
 SUBMIT = ("POST", "/v1/tasks")
 
@@ -249,3 +250,60 @@ def test_submit_follow_prints_the_workers_bytes_and_exits_as_it_did(ctl: Ctl, da
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (0, daemon.output[1])
     assert b"mine  success" in err
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ({"result": "refused", "reason": "dependency_failed", "message": "A1 did not end with success"},
+         "refused (dependency_failed): A1 did not end with success"),
+        ({"result": "expired", "reason": "expires_at", "message": None}, "expired (expires_at); see"),
+    ],
+)  # fmt: skip
+def test_a_task_that_has_ended_at_once_is_told_on_stderr(
+    ctl: Ctl, daemon: StandIn, end: dict[str, Any], said: str
+) -> None:
+    daemon.tasks["A2"] = a_task("A2", result=end["result"], reason=end["reason"], attempts=[])
+
+    async def ended(request: web.Request) -> web.Response:
+        answer = {"task_id": "A2", "state": "finished", "duplicate": False, "where": "accepted", **end}
+        return web.json_response(answer, status=201)
+
+    daemon.answers[SUBMIT] = ended
+    done = ctl("submit", "--id", "A2", "p")
+    assert (done.code, done.out) == (0, "A2\n")
+    assert said in done.err
+    waited = ctl("submit", "--id", "A2", "p", "--wait")
+    assert (waited.code, waited.err) == (125, ""), "its end is told once"
+
+
+@pytest.mark.parametrize("how", ["--wait", "--follow"])
+def test_an_older_rejection_of_the_same_id_is_not_taken_for_that_of_a_line_not_yet_read(
+    ctl: Ctl, daemon: StandIn, how: str
+) -> None:
+    daemon.stop()
+    with ctl.popen("submit", "--id", "mine", "p", how) as process:
+        end = time.monotonic() + 10
+        while not (os.path.exists(ctl.queue_file) and queued(ctl)):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        again = StandIn(ctl.socket)
+        again.tasks["mine"] = a_task("mine")
+        asked = 0
+
+        async def rejected_before(request: web.Request) -> web.StreamResponse:
+            nonlocal asked
+            asked += 1
+            if asked <= 2:
+                return error(422, "unknown_queue", "no queue", rejected_at=LATER, submitted_at=NOW)
+            del again.answers["GET", request.path]
+            return await again._answer(request)
+
+        for path in ("/v1/tasks/mine", "/v1/tasks/mine/wait"):
+            again.answers["GET", path] = rejected_before
+        again.output[1] = b"out\n"
+        again.start()
+        process.communicate(timeout=20)
+        again.stop()
+    assert process.returncode == 0
+    assert asked >= 3

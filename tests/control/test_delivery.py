@@ -36,7 +36,7 @@ async def test_outbox_rows_are_listed_by_state_sink_and_task(daemon: Daemon) -> 
     assert await rows() == [(second, "completions", "delivered"), done, todo]
     assert await rows(state="pending") == await rows(sink="out") == [todo]
     assert await rows(task=first) == [done, todo]
-    assert await rows(task="nope") == await rows(state="dead") == await rows(sink="nope") == []
+    assert await rows(task=second, sink="out") == await rows(state="dead") == []
     page = await daemon.get("/v1/outbox", limit="1")
     assert await rows(limit="1", before=str(page["next_before"])) == [done, todo]  # an entry is never split
     await daemon.fails("GET", "/v1/outbox?state=lost", 400, "invalid_request")
@@ -252,3 +252,14 @@ async def test_a_page_of_completions_is_bounded_in_bytes_but_never_empty(
     monkeypatch.setattr(completions, "PAGE_BYTES_MAX", 10)
     page = await daemon.get("/v1/completions")
     assert (len(page["rows"]), page["more"]) == (1, True)
+
+
+async def test_rows_of_a_sink_or_a_task_that_nobody_knows_are_an_error_and_not_an_empty_list(
+    daemon: Daemon,
+) -> None:
+    await daemon.submit(id="waits")
+    assert (await daemon.get("/v1/outbox", task="waits"))["rows"] == []
+    assert (await daemon.get("/v1/outbox", sink="completions"))["rows"] == []
+    told = await daemon.fails("GET", "/v1/outbox", 404, "no_such_sink", params={"sink": "typo"})
+    assert "there is completions" in told["message"]
+    await daemon.fails("GET", "/v1/outbox", 404, "no_such_task", params={"task": "typo"})

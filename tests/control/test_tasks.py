@@ -406,3 +406,21 @@ async def test_a_rejected_id_that_is_no_id_leads_nowhere(daemon: Daemon) -> None
     for n, task_id in enumerate(("../x", "x" * 65, 7)):
         await daemon.fails("POST", f"/v1/tasks?spooled=k{n}", 422, "invalid_field", json={**LINE, "id": task_id})  # fmt: skip
     assert await daemon.journal.read(lambda c: c.execute("SELECT * FROM rejected_ids").fetchall()) == []
+
+
+async def test_a_task_that_ends_with_its_submission_is_answered_with_its_end(daemon: Daemon) -> None:
+    daemon.connect_supervisor()
+    await daemon.submit(id="A1")
+    await daemon.start_task("A1")
+    await daemon.end_task("A1", exit_code=1)
+    refused = await daemon.post("/v1/tasks", {"task": "demo", "prompt": "true", "id": "A2", "after": "A1"})
+    assert (refused["state"], refused["result"]) == ("finished", "refused")
+    assert (refused["reason"], refused["message"]) == ("dependency_failed", "A1 did not end with success")
+    late = {"task": "demo", "prompt": "true", "id": "late", "expires_at": "2020-01-01T00:00:00Z"}
+    expired = await daemon.post("/v1/tasks", late)
+    assert (expired["state"], expired["result"], expired["reason"]) == ("finished", "expired", "expires_at")
+    assert (await daemon.get("/v1/tasks/late"))["result"] == "expired"
+    (told,) = await daemon.journal.read(
+        lambda c: c.execute("SELECT count(*) FROM entries WHERE type = 'agentq.task.expired'").fetchone()
+    )
+    assert told == 1

@@ -324,6 +324,13 @@ def test_show_wait_and_logs_know_a_task_that_is_still_here(here: World) -> None:
     here.check_once("a")
 
 
+def test_wait_tells_a_mistyped_id_before_it_waits_for_one_that_is_still_here(here: World) -> None:
+    here.link.down()
+    here.submit("a", "--not-before", "2099-01-01T00:00:00Z", "--id", "a1")
+    here.link.up()
+    assert here.ctl("wait", "a1", "nobody").code == 66
+
+
 def test_submit_with_wait_outlasts_a_box_that_is_away(here: World) -> None:
     here.link.down()
     with here.popen("--box", "box1", "submit", "--wait", "--task", "a", here.script("a")) as process:

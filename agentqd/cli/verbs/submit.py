@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from agentqd.cli.ends import follow_to_the_end, say_end
+from agentqd.cli.outcome import outcome
 from agentqd.cli.verb import Call, verb
 from agentqd.client.errors import BoxUnreachable
 from agentqd.client.ids import check_text, name_from, new_task_id, now_text
@@ -93,7 +94,8 @@ def command(call: Call, wait: bool, follow: bool, require_box: bool, **said: Any
     """Hand over a task. Returns once it is durable.
 
     Without a daemon it is appended to the queue file, and read when the daemon starts. For a box (--box) that cannot be
-    reached it is kept on this machine, and sent by the next contact or by `agentqctl flush`.
+    reached it is kept on this machine, and sent by the next contact or by `agentqctl flush`. What is taken and can never run (its
+    --after has failed, its --expires-at is past) is a task that has ended: that is said on stderr, and --wait exits as it did.
     """
     if follow and call.as_json:
         raise click.UsageError("--follow prints the worker's output; it does not go with --json")
@@ -101,7 +103,7 @@ def command(call: Call, wait: bool, follow: bool, require_box: bool, **said: Any
     answer = _submit(call, fields, require_box=require_box)
     unread = answer.get("where") != "accepted"
     if not call.as_json:
-        _say(call, answer, to_stderr=follow)
+        _say(call, answer, to_stderr=follow, tells_end=not (wait or follow))
     if follow:
         call.out.flush()
         _until_sent(call, answer)
@@ -257,7 +259,7 @@ def _variable(item: str) -> tuple[str, str]:
     return name, check_text("env", value)
 
 
-def _say(call: Call, answer: dict[str, Any], *, to_stderr: bool) -> None:
+def _say(call: Call, answer: dict[str, Any], *, to_stderr: bool, tells_end: bool) -> None:
     task_id = str(answer.get("task_id"))
     if to_stderr:
         call.out.note(task_id)
@@ -275,5 +277,9 @@ def _say(call: Call, answer: dict[str, Any], *, to_stderr: bool) -> None:
         call.out.note(
             f"a duplicate: this task was taken before and is {answer.get('result') or answer.get('state')}"
         )
+    elif answer.get("result"):
+        if tells_end:
+            why = f": {answer['message']}" if answer.get("message") else ""
+            call.out.note(f"it has ended at once: {outcome(answer)}{why}; see: agentqctl show {task_id}")
     elif call.out.is_terminal:
         call.out.note(f"{answer.get('state')}; see: agentqctl show {task_id}")
