@@ -140,8 +140,12 @@ def test_a_retry_claims_anew_and_meets_its_policy(box: RealBox, tmp_path: Path) 
     assert box.ctl("retry", "queue").returncode == 0
     shown = box.show("queue")
     assert (shown["state"], shown["reason"]) == ("blocked", "write_conflict")
+    waits = box.ctl("retry", "refuse", "--on-conflict", "queue")
+    assert waits.returncode == 0
+    assert waits.stdout.startswith(b"refuse  blocked: waits for queue (queue), which writes ")
     (tmp_path / "go").touch()
     wait_for("its second end", lambda: len(box.show("queue")["attempts"]) == 2)
+    wait_for("the end of the other", lambda: len(box.show("refuse")["attempts"]) == 2)
 
 
 @pytest.mark.row(66)
