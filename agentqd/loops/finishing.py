@@ -280,12 +280,13 @@ def withdraw_claim(tx: Transaction, box: Box, was: TaskRow) -> None:
     if task.attempt != was.attempt or task.state not in ACTIVE_STATES:
         return
     cancelled = store.attempt_of(tx, task.seq, task.attempt).intent == CANCELLED
+    why = "it was cancelled" if cancelled else "the supervisor went away"
     tx.execute("DELETE FROM attempts WHERE task_seq = ? AND attempt = ?", (task.seq, task.attempt))
     moved = store.move_task(
         tx,
         task,
         Event.CLAIM_WITHDRAWN,
-        said={"attempt": task.attempt, "reason": "the supervisor went away before it started"},
+        said={"attempt": task.attempt, "reason": f"{why} before it started"},
         attempt=task.attempt - 1,
         run_attempts=task.run_attempts - 1,
         reason=None,

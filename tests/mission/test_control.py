@@ -303,3 +303,43 @@ def test_a_stuck_supervisor_is_told_and_the_box_goes_on_when_it_wakes(box: RealB
         os.kill(supervisor, signal.SIGCONT)
     wait_for("21 ends", lambda: len(box.results()) == 21)
     assert {line["status"] for line in box.results().values()} == {"success"}
+
+
+def claimed_behind_a_stopped_supervisor(box: RealBox, tmp_path: Path, tasks: int) -> list[str]:
+    """Each would leave a mark."""
+    box.append({"task": "first", "prompt": "echo x"})
+    box.result("first")
+    os.kill(box.supervisor_pid(), signal.SIGSTOP)
+    wait_for("its stop", lambda: read_state(box.supervisor_pid()) == "T")
+    names = [f"t{n}" for n in range(tasks)]
+    for name in names:
+        box.submit(task=name, id=name, prompt=f"touch {tmp_path}/ran-{name}; sleep 100")
+        box.wait_state(name, "running")
+    return names
+
+
+def read_state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.row(60)
+@pytest.mark.parametrize("daemon", ["stays", "is killed after it", "is killed before it"])
+def test_a_task_cancelled_behind_a_stopped_supervisor_never_starts(
+    box: RealBox, tmp_path: Path, daemon: str
+) -> None:
+    names = claimed_behind_a_stopped_supervisor(box, tmp_path, 3)
+    if daemon == "is killed before it":
+        box.kill()
+        box.start()
+    for name in names[:2]:
+        assert box.ctl("cancel", name).returncode == 0
+        assert box.show(name)["state"] == "stopping"
+    if daemon == "is killed after it":
+        box.kill()
+        box.start()
+    os.kill(box.supervisor_pid(), signal.SIGCONT)
+    for name in names[:2]:
+        assert box.result(name)["status"] == "cancelled"
+        assert not (tmp_path / f"ran-{name}").exists()
+        assert box.show(name)["attempts"] == []
+    wait_for("the one that nobody cancelled", (tmp_path / "ran-t2").exists)
