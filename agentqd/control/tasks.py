@@ -58,6 +58,7 @@ class Shown(msgspec.Struct):
     attempts: list[AttemptRow]
     rows: list[OutboxRow]
     events: list[tuple[int, int, str, str]]
+    conflicts: list[dict[str, str]]
 
 
 def task_id_of(call: Call) -> str:
@@ -85,6 +86,7 @@ def _read_shown(room: Room, connection: sqlite3.Connection, task_id: str) -> Sho
         attempts=store.attempts_of(connection, task.seq),
         rows=OutboxRow.fetch(connection, _OF_TASK, (task.seq, LIST_ROWS_MAX)),
         events=events[::-1],
+        conflicts=queries.conflicts_met(connection, task),
     )
 
 
@@ -102,6 +104,7 @@ async def show_task(call: Call) -> web.StreamResponse:
         {"seq": seq, "at": format_time(at), "event": event, "data": msgspec.json.decode(data)}
         for seq, at, event, data in shown.events
     ]
+    view["conflicts"] = shown.conflicts
     view["declared"] = declared_view(request)
     view["settings"] = settings_view(resolve(request, task.queue, task.runner, room.box.settings))
     return answer(view)
