@@ -192,7 +192,7 @@ def test_a_relative_path_is_an_error_that_says_where_paths_are(one: OneLaptop) -
         "--not-before",
         "2099-01-01T00:00:00Z",
     )
-    assert [claim["path"] for claim in one.json("writes")] == ["/tmp/sub"]
+    assert [(claim["path"], claim["given"]) for claim in one.json("writes")] == [("/tmp/sub", "sub")]
 
 
 def test_the_variable_names_the_box_and_an_option_beats_it(one: OneLaptop) -> None:
