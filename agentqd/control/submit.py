@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from aiohttp import web
@@ -45,7 +45,7 @@ class Settled(NamedTuple):
     result: str | None
     reason: str | None
     detail: str | None
-    conflicts: list[dict[str, str]]
+    conflicts: Sequence[dict[str, str]] = ()
 
 
 async def submit(call: Call) -> web.StreamResponse:
@@ -147,12 +147,12 @@ def _decide(tx: Transaction, room: Room, candidate: Candidate) -> Settled | Agen
     if isinstance(outcome, AgentqError):
         return outcome
     if isinstance(outcome, Duplicate):
-        return Settled(outcome, outcome.result, None, None, [])
+        return Settled(outcome, outcome.result, None, None)
     refusal = _refusal(tx, room, candidate.new.queue)
     if refusal is not None:
         raise refusal  # the unit's changes are undone
     task = store.get(tx, outcome.seq) if outcome.state is State.FINISHED else None
-    return Settled(outcome, None, None, None, []) if task is None else _settled(tx, outcome, task)
+    return Settled(outcome, None, None, None) if task is None else _settled(tx, outcome, task)
 
 
 def _settled(tx: Transaction, outcome: Accepted | Duplicate, task: TaskRow) -> Settled:
