@@ -76,8 +76,10 @@ def migrate(connection: sqlite3.Connection, path: str) -> None:
 
 def _migrations() -> dict[int, str]:
     folder = importlib.resources.files("agentqd.storage") / "migrations"
-    return {
-        int(item.name.split("_")[0]): item.read_text("utf-8")
-        for item in folder.iterdir()
-        if item.name.endswith(".sql")
-    }
+    found: dict[int, str] = {}
+    for item in folder.iterdir():
+        if item.name.endswith(".sql"):
+            number = int(item.name.split("_")[0])
+            assert number not in found, f"two migrations have the number {number}: one would never be made"
+            found[number] = item.read_text("utf-8")
+    return found
