@@ -60,6 +60,7 @@ class Server:
         self._connections: set[Connection] = set()
         self._backlog: set[Connection] = set()
         self._epoch_seen = -1
+        self._listens = False
         listener.setblocking(False)
         self._listen()
 
@@ -102,6 +103,7 @@ class Server:
 
     def _listen(self) -> None:
         self._context.selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._listens = True
 
     def _accept(self) -> None:
         try:
@@ -110,6 +112,7 @@ class Server:
             if problem.errno in _NO_ROOM:
                 self._context.log("error", "accept_failed", error=str(problem))
                 self._context.selector.unregister(self._listener)
+                self._listens = False
                 self._context.after(limits.ACCEPT_PAUSE_S, self._listen)
             return
         connection = Connection(sock)
@@ -179,7 +182,8 @@ class Server:
 
     def _start(self, connection: Connection, request: Go | Run) -> None:
         """Unless that order counts no more: its daemon has been superseded, or has taken it back."""
-        self._accept()
+        if self._listens:
+            self._accept()
         for newcomer in [each for each in self._connections if each.epoch is None]:
             self._ready(newcomer)
         if connection.closed:

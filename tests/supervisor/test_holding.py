@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 
 import msgspec
@@ -108,3 +109,20 @@ def test_nothing_of_an_older_daemon_starts_once_a_newer_one_has_connected(box: B
     newer.send(run("v", "exit 4"))
     assert newer.exited("v").exit_code == 4
     assert not [task for task in ("t", "u") if os.path.exists(box.path(task, "started"))]
+
+
+def test_orders_to_start_are_answered_while_no_descriptor_is_left_to_hear_who_connects(
+    box: Box, daemon: Daemon
+) -> None:
+    assert box.process is not None
+    pid = box.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, before[1]))
+    with box.connect(), box.connect():  # accept fails, and is tried again after a pause
+        until(lambda: "accept_failed" in box.log(), "accept fails")
+        daemon.send(run("t", "exit 3"), run("u", "exit 3"), Ping(1))
+        daemon.expect(Pong)
+        assert [daemon.exited(task).pid for task in ("t", "u")] == [None, None]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    daemon.send(run("v", "exit 4"))
+    assert daemon.exited("v").exit_code == 4
