@@ -46,9 +46,6 @@ _NO_FILE = (
 _NAME = re.compile(r"([0-9]{12})-([A-Za-z0-9_-]{1,64})\.json")
 
 
-_KEPT_OF_REFUSALS = ("error", "message", "conflicts")
-
-
 class Entry(NamedTuple):
     """One file of the spool; they sort as they are to be sent."""
 
@@ -241,7 +238,9 @@ class Spool:
     def refuse(self, entry: Entry, head: Head, body: bytes, error: AgentqError) -> None:
         """Kept in `refused/` with the box's word, and no longer sent. Raises AgentqError."""
         said = error.as_json()
-        told = {"at": now_text(), **{name: said[name] for name in _KEPT_OF_REFUSALS if name in said}}
+        told = {"at": now_text()} | {
+            name: said[name] for name in ("error", "message", "conflicts") if name in said
+        }
         try:
             make_private_folder(self.refused_folder)
             draft = f"{self.refused_folder}/.{head.key}.draft"
