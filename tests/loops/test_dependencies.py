@@ -51,6 +51,7 @@ async def test_a_chain_of_a_thousand_runs_in_order_and_one_that_breaks_ends_all_
     assert len(await ready.entries("result")) == 1000
 
 
+@pytest.mark.slow
 async def test_a_thousand_may_come_before_one(bench: Bench) -> None:
     names = [f"t{n}" for n in range(AFTER_MAX)]
     await bench.admit(*({"id": name, "prompt": "x"} for name in names), {"id": "last", "after": names})

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from budget import tries
 
 from agentqd.core.errors import IllegalTransition
 from agentqd.core.lifecycle import ACTIVE_STATES, WAITING_STATES, Event, Result
@@ -21,7 +22,7 @@ from agentqd.storage import runner_limits
 
 from .ledger import US, Ledger
 
-HISTORIES = int(os.environ.get("AGENTQD_HISTORIES", "1000"))
+HISTORIES = int(os.environ.get("AGENTQD_HISTORIES", tries(1000)))
 QUEUES, RUNNERS = ("a", "b", "c"), ("claude", "codex")
 BACKOFF_S = 2
 WAITING = frozenset(state.value for state in WAITING_STATES)

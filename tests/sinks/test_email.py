@@ -23,6 +23,9 @@ from agentqd.sinks.base import Deferred, Delivered, Delivery, Outcome, Rejected
 from .conformance import delivery
 from .smtpadapter import PASSWORD, USER, EmailAdapter, a_mail
 
+pytestmark = pytest.mark.slow
+
+
 ABC = ["a@example.org", "b@example.org", "c@example.org"]
 PHASES = ["greeting", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "dot"]
 

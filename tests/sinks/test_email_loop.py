@@ -87,6 +87,7 @@ def later(bench: Bench, runner: SinkRunner, seconds: float) -> None:
     runner.kick.set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taken", [False, True], ids=["before", "after"])
 async def test_an_answer_lost_around_the_commit_has_one_effect_a_hundred_times(
     post: EmailAdapter, tmp_path: Path, taken: bool

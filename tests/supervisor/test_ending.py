@@ -13,6 +13,9 @@ from agentqd.supervisor.wire import Clocks, End, Ending, SetClocks
 
 from .harness import Box, Daemon, is_alive, read_text, run, until
 
+pytestmark = pytest.mark.real
+
+
 # A python that forks twice, makes its own session, clears its environment, and writes its pid.
 HIDDEN = """
 import os, sys

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 
 import msgspec
+import pytest
 
 from agentqd.supervisor.wire import NOT_STARTED, Exited, Go, Leave, Ping, Pong, Running, SurvivorsGone
 
 from .harness import Box, Daemon, is_alive, run, until
 from .test_survivors import kill
+
+pytestmark = pytest.mark.real
 
 
 def held(task: str, script: str, attempt: int = 1) -> msgspec.Struct:
