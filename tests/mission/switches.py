@@ -176,6 +176,7 @@ def broken_tree(switch: Switch) -> Iterator[Path]:
         shutil.copytree(ROOT / "tests" / "laptop", copy / "tests" / "laptop", ignore=ignored)
         for file in (
             "tests/conftest.py",
+            "tests/budget.py",
             "tests/realbox.py",
             "tests/realsshd.py",
             "tests/smtpserver.py",
