@@ -157,6 +157,7 @@ def test_a_conflict_found_by_a_flush_is_a_refused_task_that_the_laptop_shows(her
     assert here.ctl("wait", task_id).code == 125
     told = [line for line in here.box.completions() if line.get("task_id") == task_id]
     assert [line["status"] for line in told] == ["refused"]
+    here.box.until_pullable(len(here.box.completions()))
     pulled = [json.loads(line) for line in here.ctl("pull").out.splitlines()]
     assert task_id in {row.get("task_id") for row in pulled}
     assert [item["state"] for item in here.ctl("spool", "list", "--json").json] == ["refused"]
