@@ -26,7 +26,7 @@ from .test_sinkrunner import many
 FLOOD = 20_000
 SAMPLES = 60
 SLOWER_MAX = 6
-SLOWER_MAX_S = 0.15  # beside: a machine that is busy with other tests
+SLOWER_MAX_S = 0.4  # beside: a machine that is busy with other tests
 
 
 @pytest.fixture

@@ -493,7 +493,7 @@ async def test_a_hundred_thousand_rows_for_a_dead_sink_cost_no_memory_and_delay_
     async with asyncio.timeout(200):
         while (await states(bench)).get("delivered") != count:
             await asyncio.sleep(0.2)
-    assert sorted(took)[len(took) * 9 // 10] < 1.0
+    assert sorted(took)[len(took) * 9 // 10] < 3.0
     assert len(reads) < count / 30, f"{len(reads)} reads in {time.monotonic() - began:.0f} s"
     names = sent(plugs["s"])
     assert len(set(names)) == count

@@ -459,7 +459,7 @@ def test_a_line_starts_its_worker_within_milliseconds(make_box: MakeBox, tmp_pat
         closed = time.time()
         wait_for("its start", (tmp_path / f"{n}").exists)
         waits.append(float((tmp_path / f"{n}").read_text()) - closed)
-    assert statistics.median(waits) < 0.25, waits
+    assert statistics.median(waits) < 1, waits  # 0.02 on a quiet machine: benchmarks measure it
 
 
 @pytest.mark.row(19)

@@ -156,7 +156,7 @@ async def test_a_server_that_misbehaves_at_any_point_is_left_in_time(
     said = await send(post, three())
     assert isinstance(said, Deferred), said
     assert said.reason.isprintable()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     if do == "hang":
         assert (said.connection, said.busy) == (True, True)
     elif do == "drop":

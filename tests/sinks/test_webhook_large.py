@@ -18,7 +18,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from budget import tries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from standardwebhooks import Webhook
@@ -105,7 +104,7 @@ async def test_what_stands_behind_the_path_stays_there(web: Receiver, tmp_path: 
     assert data["attachments"] == [{"path": sent.blob_path}]
 
 
-@settings(max_examples=tries(40))
+@settings(max_examples=40)
 @given(content=st.binary(max_size=3000) | st.text(max_size=3000).map(lambda text: text.encode("utf-8", "replace")), chunk=st.integers(1, 50))  # fmt: skip
 def test_the_pieces_are_the_envelope_with_the_content_in_it_wherever_they_are_cut(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, chunk: int

@@ -134,7 +134,7 @@ def test_a_leftover_that_ignores_sigterm_gets_two_seconds_whatever_the_grace(
     begun = time.monotonic()
     daemon.send(run("t", script, kill_grace_s=60))
     exited = daemon.exited("t")
-    assert 1.9 < time.monotonic() - begun < 10
+    assert 1.9 < time.monotonic() - begun < 30
     assert not is_alive(box.pid_in("t", "a"))
     assert exited.left_behind
 
