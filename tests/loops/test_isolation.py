@@ -61,6 +61,7 @@ async def delivery_s(bench: Bench, path: Path, name: str) -> float:
     return time.perf_counter() - began
 
 
+@pytest.mark.slow
 async def test_a_dead_a_slow_and_a_flooded_sink_delay_no_healthy_one(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -514,6 +514,7 @@ def test_random_histories_are_scheduled_as_the_plain_rules_say(part: int) -> Non
                 pytest.fail(f"history {seed}, as short as it gets:\n{text}\n{failure(ledger, least)}")
 
 
+@pytest.mark.slow
 def test_the_histories_do_meet_what_they_are_made_for() -> None:
     """Claims, limits, dependencies, backoffs, holds: a model test in which nothing happens proves nothing."""
     seen: Counter[str] = Counter()

@@ -469,6 +469,7 @@ async def _end(task: asyncio.Task[None]) -> None:
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [10_000, pytest.param(100_000, marks=pytest.mark.real)])
 async def test_a_hundred_thousand_rows_for_a_dead_sink_cost_no_memory_and_delay_no_other(bench: Bench, count: int, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     plugs = {"s": Script(), "other": Script()}
