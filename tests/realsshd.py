@@ -143,7 +143,7 @@ class RealSshd:
     def __init__(self, account: Account, lines: Sequence[str] = (), place: Place = LOOPBACK) -> None:
         self.account = account
         self.place = place
-        self.folder = Path(tempfile.mkdtemp(prefix="aq-sshd-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="aq-sshd-", dir="/tmp"))
         self.folder.chmod(0o755)
         self.port, self._reserved = _reserve_port()
         self.lines = list(lines)
@@ -295,7 +295,7 @@ def real_sshd(
 def made_user() -> Iterator[Account]:
     """An ordinary user with a home of its own below /tmp, gone afterwards with its processes' homes."""
     name = f"aq{secrets.token_hex(4)}"
-    top = Path(tempfile.mkdtemp(prefix="aq-home-"))
+    top = Path(tempfile.mkdtemp(prefix="aq-home-", dir="/tmp"))
     top.chmod(0o755)
     home = top / "h"
     subprocess.run(["useradd", "-M", "-d", str(home), "-s", "/bin/sh", "-U", name], check=True)

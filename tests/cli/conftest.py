@@ -106,7 +106,7 @@ class Ctl:
 
 @pytest.fixture
 def ctl() -> Iterator[Ctl]:
-    root = tempfile.mkdtemp(prefix="aqc-")  # short: a socket's path has 107 bytes
+    root = tempfile.mkdtemp(prefix="aqc-", dir="/tmp")  # short: a socket's path has 107 bytes
     for name in ("run", "state", "state/queue", "home"):
         os.makedirs(f"{root}/{name}", mode=0o700)
     yield Ctl(root)

@@ -15,7 +15,7 @@ from .harness import Daemon
 @pytest.fixture
 def root() -> Iterator[Path]:
     """Short: a Unix socket's path has 107 bytes, and the client of these tests knows no way around."""
-    folder = Path(tempfile.mkdtemp(prefix="agentqd-"))
+    folder = Path(tempfile.mkdtemp(prefix="agentqd-", dir="/tmp"))
     yield folder
     shutil.rmtree(folder)
 

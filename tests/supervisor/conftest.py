@@ -11,7 +11,7 @@ from .harness import Box, Daemon
 
 @pytest.fixture
 def empty_box() -> Iterator[Box]:
-    root = tempfile.mkdtemp(prefix="agentqd-")
+    root = tempfile.mkdtemp(prefix="agentqd-", dir="/tmp")
     box = Box(root)
     try:
         yield box
