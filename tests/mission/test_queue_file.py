@@ -377,12 +377,15 @@ def test_a_replay_inside_the_ttl_returns_the_first_id_and_after_it_runs_anew(
 
 
 @pytest.mark.row(30)
-def test_the_ttl_is_never_over_while_the_task_is_active_or_unpulled(box: RealBox) -> None:
-    task = {"task": "long", "id": "l1", "prompt": "sleep 0.4; echo ok", "dedup_ttl": "1ms"}
+def test_the_ttl_is_never_over_while_the_task_is_active_or_unpulled(box: RealBox, tmp_path: Path) -> None:
+    prompt = f"while ! [ -e {tmp_path}/go ]; do sleep 0.02; done; echo ok"
+    task = {"task": "long", "id": "l1", "prompt": prompt, "dedup_ttl": "1ms"}
     box.submit(**task)
     assert box.submit(**task)["task_id"] == "l1"
     box.api("POST", "/v1/consumers/laptop/ack", {"seq": 0})
+    (tmp_path / "go").touch()
     seq = box.result("long")["seq"]
+    box.until_pullable(1)
     assert box.submit(**task) | {"state": "", "where": ""} == {
         "task_id": "l1", "state": "", "result": "success", "duplicate": True, "where": "",
     }  # fmt: skip
