@@ -404,7 +404,7 @@ def test_a_sink_that_hangs_delays_no_other(make_box: MakeBox, tmp_path: Path) ->
     )
     box = make_box(config + file_sink(tmp_path).removeprefix("sinks:\n"))
     box.append(*({"task": f"t{n}", "prompt": "echo x", "deliver_to": ["tell", "archive"]} for n in range(5)))
-    wait_for("5 in the archive", lambda: len(archived(tmp_path)) == 5, 10)
+    wait_for("5 in the archive", lambda: len(archived(tmp_path)) == 5)
     assert box.status()["sinks"]["tell"]["delivered"] == 0
 
 

@@ -445,7 +445,7 @@ def test_an_overflow_of_the_hints_loses_no_line(make_box: MakeBox) -> None:
         box.queue_file.with_name(f".{n % 2}").write_bytes(b"")
     box.append({"task": "behind", "prompt": "echo x"})
     os.kill(box.daemon_pid(), signal.SIGCONT)
-    assert box.result("behind", 10)["status"] == "success"
+    assert box.result("behind")["status"] == "success"
 
 
 @pytest.mark.row(19, 21, 22)
@@ -587,7 +587,7 @@ def test_an_append_at_a_random_moment_of_the_start_is_never_missed(make_box: Mak
         time.sleep(start_s * draw.uniform(0.3, 1.4))  # the random moment itself
         box.append({"task": "t", "id": f"t{n}", "prompt": "p"})
         wait_for("the daemon", (box.runtime / "agentqd.sock").exists)
-        wait_for(f"append {n}", lambda n=n: seen(box, n + 1), 10)
+        wait_for(f"append {n}", lambda n=n: seen(box, n + 1))
 
 
 def seen(box: RealBox, count: int) -> bool:
