@@ -87,6 +87,7 @@ SINK_CONCURRENCY_MAX = 1000  # what a config may ask for
 FRESH_ROWS_MAX = 2000  # new rows kept in memory a sink; beyond them they are read back from the journal
 FRESH_BYTES_MAX = 16 * MIB
 PAGE_ROWS = 256  # due rows read from the journal at once (a sink that takes batches: one batch)
+PAGE_ROWS_LOW = 64  # with so few left the next page is read beside the sends
 PAGE_BYTES_MAX = 8 * MIB
 ORDER_WINDOW = 20_000  # entries looked through at once for an ordered sink's next rows
 ROWS_A_COMMIT = 500  # of a sink whose rows are all held, released, expired or woken
@@ -116,6 +117,7 @@ SPOOL_BYTES_MAX = 1024 * MIB
 CLAIM_PATH_BYTES_MAX = 4096
 OUTSIDE_CLAIMS_MAX = 1000
 OUTSIDE_CLAIMS_PER_USER_MAX = 200
+BLOB_LEFT_OVER_KEPT_S = 86_400  # of copies in blobs/ that no entry names: time to put a journal back
 CONFLICTS_KEPT_MAX = 100_000
 WAITERS_NAMED_MAX = 20
 

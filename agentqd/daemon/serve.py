@@ -180,6 +180,8 @@ async def _run_loops(
     liveness = Liveness(box, supervision)
     claims = ClaimWatch(box, supervision)
     outside = OutsideClaims(box)
+    retention = Retention(box)
+    await retention.look()
     await supervision.scheduler.load()
 
     def before_commit(tx: Transaction) -> None:
@@ -228,7 +230,7 @@ async def _run_loops(
                 "outside_claims": outside.run(),
                 "reload": reload.run(),
                 "liveness": liveness.run(),
-                "retention": Retention(box).run(),
+                "retention": retention.run(),
                 "control": control.run(),
                 "signals": _signals(daemon, box, supervision, reload),
                 "watchdog": _watchdog(daemon, liveness),

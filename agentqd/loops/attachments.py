@@ -15,7 +15,7 @@ import msgspec
 
 from agentqd.core.limits import ATTACHMENTS_MAX
 from agentqd.core.selfaddress import brings_files
-from agentqd.storage.blobs import copy_in
+from agentqd.storage.blobs import Copies
 from agentqd.storage.files import printable_name
 from agentqd.system.leases import has_writer
 
@@ -49,7 +49,7 @@ class BeingWritten(Exception):
 
 
 def capture(
-    drop: str, fields: dict[str, Any], blobs: str, bytes_max: int, *, wait_for_writers: bool
+    drop: str, fields: dict[str, Any], copies: Copies, bytes_max: int, *, wait_for_writers: bool
 ) -> tuple[Attached, ...]:
     """Copies of what the entry's `attachments` name. Raises Unfit, BeingWritten, or OSError where our own disk fails."""
     if not brings_files(fields) or fields["attachments"] is None:
@@ -71,14 +71,14 @@ def capture(
             raise Unfit(
                 f"too_large: its attachments have {total} bytes; limits.entry_bytes_max leaves {bytes_max}"
             )
-        return tuple(_copy(path, descriptor, size, blobs) for path, descriptor, size in opened)
+        return tuple(_copy(path, descriptor, size, copies) for path, descriptor, size in opened)
     finally:
         for _, descriptor, _ in opened:
             os.close(descriptor)
 
 
-def _copy(path: str, descriptor: int, size: int, blobs: str) -> Attached:
-    copy = copy_in(descriptor, size, blobs)
+def _copy(path: str, descriptor: int, size: int, copies: Copies) -> Attached:
+    copy = copies.add(descriptor, size)
     return Attached(copy.path, printable_name(os.path.basename(path)), copy.bytes, copy.sha256)
 
 

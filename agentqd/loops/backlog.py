@@ -16,7 +16,7 @@ import sqlite3
 from collections import deque
 from collections.abc import Sequence
 
-from agentqd.core.limits import FRESH_BYTES_MAX, FRESH_ROWS_MAX, PAGE_BYTES_MAX, PAGE_ROWS
+from agentqd.core.limits import FRESH_BYTES_MAX, FRESH_ROWS_MAX, PAGE_BYTES_MAX, PAGE_ROWS, PAGE_ROWS_LOW
 from agentqd.core.outbox import RowEvent
 from agentqd.core.pace import Turns
 from agentqd.loops.box import Box
@@ -89,9 +89,14 @@ class Backlog:
         if due:
             self._look_at = min([*due, *([] if self._look_at is None else [self._look_at])])
 
+    @property
+    def runs_low(self) -> bool:
+        """There is more in the journal, and what is here will not last until it has been read."""
+        return self._look and 0 < len(self._page) <= PAGE_ROWS_LOW
+
     async def refill(self) -> None:
         """Look into the journal, if it is time. Raises JournalError."""
-        if not self._page and (self._look or self._is_due()):
+        if self.runs_low or (not self._page and (self._look or self._is_due())):
             await self._read()
 
     def take(self, most: int) -> list[DueRow]:
@@ -118,7 +123,7 @@ class Backlog:
         self._look, self._look_at = False, None
         now, limit, forgotten = self._box.clock.now_us(), self._page_rows, self._forgotten
         # The read may see rows in flight as they were before their marks became durable.
-        skip = {*self._in_flight, *(row.entry_seq for row in self._fresh)}
+        skip = {*self._in_flight, *self._page_seqs, *(row.entry_seq for row in self._fresh)}
 
         def query(connection: sqlite3.Connection) -> tuple[list[DueRow], int | None]:
             rows = outbox.due(connection, self._sink, now, limit, skip, PAGE_BYTES_MAX)
@@ -131,7 +136,7 @@ class Backlog:
             self._look_at = later if self._look_at is None else min(later, self._look_at)
         if forgotten != self._forgotten:
             return
-        known = {*skip, *self._in_flight, *(row.entry_seq for row in self._fresh)}
+        known = {*skip, *self._in_flight, *self._page_seqs, *(row.entry_seq for row in self._fresh)}
         self._page.extend(row for row in rows if row.entry_seq not in known)
         self._page_seqs.update(row.entry_seq for row in self._page)
 
@@ -153,7 +158,7 @@ class OrderedBacklog(Backlog):
     def __init__(self, box: Box, sink: str, in_flight: set[int], batch_max: int) -> None:
         super().__init__(box, sink, in_flight, batch_max)
         self._floor = 0  # no open row below it
-        self._deferring = 0  # batches with a deferred row whose mark is not durable yet
+        self._deferring = 0  # deferred rows whose mark is not durable yet
 
     def offer(self, rows: Sequence[DueRow], *, look: bool) -> None:  # noqa: ARG002 - they are read in their order
         self._look = True
@@ -167,15 +172,19 @@ class OrderedBacklog(Backlog):
         self._floor = 0
 
     def answered(self, marks: Sequence[Mark]) -> None:
-        if any(mark.event is RowEvent.DEFERRED for mark in marks):
-            self._deferring += 1
+        deferred = _deferred(marks)
+        if deferred:
+            self._deferring += deferred
             self._clear_page()
 
     def marked(self, marks: Sequence[Mark]) -> None:
         super().marked(marks)
-        if any(mark.event is RowEvent.DEFERRED for mark in marks):
-            self._deferring -= 1
+        self._deferring -= _deferred(marks)
         self._look = True
+
+    @property
+    def runs_low(self) -> bool:
+        return False  # what may go next is known when the last has been answered
 
     async def refill(self) -> None:
         if self._deferring == 0:
@@ -198,3 +207,7 @@ class OrderedBacklog(Backlog):
         self._floor = floor
         self._page.extend(rows)
         self._page_seqs.update(row.entry_seq for row in rows)
+
+
+def _deferred(marks: Sequence[Mark]) -> int:
+    return sum([mark.event is RowEvent.DEFERRED for mark in marks])

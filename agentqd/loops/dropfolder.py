@@ -31,7 +31,7 @@ from agentqd.loops.alerts import alert
 from agentqd.loops.attachments import Attached, BeingWritten, Unfit, capture
 from agentqd.loops.box import Box
 from agentqd.storage import outbox
-from agentqd.storage.blobs import copy_in
+from agentqd.storage.blobs import Copies
 from agentqd.storage.files import printable_name
 from agentqd.storage.tasks import TaskRow
 from agentqd.storage.transaction import Transaction
@@ -56,6 +56,11 @@ class Handed(msgspec.Struct, frozen=True):
     deliver_to: list[str] | None = None  # what it says itself
     attachments: tuple[Attached, ...] = ()
 
+    @property
+    def copies(self) -> list[str]:
+        """Our copies in blobs/: nobody else's, until `record` has given them to its entry."""
+        return [path for path in (self.blob, *(each.path for each in self.attachments)) if path is not None]
+
 
 class Scan(msgspec.Struct, frozen=True):
     handed: list[Handed]
@@ -64,7 +69,21 @@ class Scan(msgspec.Struct, frozen=True):
 
 
 def scan(folder: str, blobs: str, taken: Mapping[str, Identity], how: How, entry_bytes_max: int) -> Scan:
-    """Read every file of the drop folder that may be taken now and has not been. Raises OSError where copying a large one fails."""
+    """Read every file of the drop folder that may be taken now and has not been. Raises OSError where copying a large one fails.
+
+    The copies of what it returns are the caller's: `record` them, then let go of what `unnamed` finds.
+    """
+    copies = Copies(blobs)
+    try:
+        found = _scan(folder, copies, taken, how, entry_bytes_max)
+    except BaseException:
+        copies.keep_only(())
+        raise
+    copies.keep_only({path for item in found.handed for path in item.copies})
+    return found
+
+
+def _scan(folder: str, copies: Copies, taken: Mapping[str, Identity], how: How, entry_bytes_max: int) -> Scan:
     handed: list[Handed] = []
     waiting, problems = 0, []
     try:
@@ -98,7 +117,7 @@ def scan(folder: str, blobs: str, taken: Mapping[str, Identity], how: How, entry
                 if how == "alive":
                     continue
             key = printable_name(name)
-            handed.append(_read(descriptor, key, identity, folder, blobs, how, entry_bytes_max))
+            handed.append(_read(descriptor, key, identity, folder, copies, how, entry_bytes_max))
         except BeingWritten:
             waiting += 1
         finally:
@@ -107,7 +126,7 @@ def scan(folder: str, blobs: str, taken: Mapping[str, Identity], how: How, entry
 
 
 def _read(
-    descriptor: int, name: str, identity: Identity, drop: str, blobs: str, how: How, entry_bytes_max: int
+    descriptor: int, name: str, identity: Identity, drop: str, copies: Copies, how: How, entry_bytes_max: int
 ) -> Handed:
     """Raises BeingWritten (an attachment), or OSError where copying fails."""
     size = identity[1]
@@ -116,7 +135,7 @@ def _read(
         return Handed(name, identity, "", size, b"", broken=broken)
     content: bytes | None
     if size > limits.ENTRY_INLINE_BYTES_MAX:
-        copy = copy_in(descriptor, size, blobs)
+        copy = copies.add(descriptor, size)
         content, handed = None, Handed(name, identity, copy.sha256, copy.bytes, None, blob=copy.path)
     else:
         content = os.pread(descriptor, size + 1, 0)
@@ -127,7 +146,7 @@ def _read(
         fields = _fields(descriptor, content, size)
         if fields is None:
             return handed
-        attached = capture(drop, fields, blobs, entry_bytes_max - size, wait_for_writers=how == "alive")
+        attached = capture(drop, fields, copies, entry_bytes_max - size, wait_for_writers=how == "alive")
         return msgspec.structs.replace(handed, deliver_to=_sinks(fields), attachments=attached)
     except Unfit as problem:
         return msgspec.structs.replace(handed, broken=str(problem)[: limits.SINK_ERROR_CHARS_MAX])
@@ -191,6 +210,12 @@ def record(
             task.id, "entry_handed_over", key=item.key, attempt=attempt, bytes=item.size, delivery_id=entry_id
         )
     return sound
+
+
+def unnamed(tx: Transaction, task_seq: int, found: list[Handed]) -> list[str]:
+    """The copies that no entry of the task names: of what it has handed over before, or is not taken. `record` comes first."""
+    copies = {path for item in found for path in item.copies}
+    return sorted(copies - set(outbox.blobs_of_task(tx, task_seq))) if copies else []
 
 
 def _write(

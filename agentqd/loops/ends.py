@@ -25,6 +25,7 @@ from agentqd.loops import dropfolder, evidence, undeclared
 from agentqd.loops.execs import Execs
 from agentqd.loops.finishing import AttemptEnd, finish_attempt
 from agentqd.loops.live import Live, Workers
+from agentqd.storage import blobs
 from agentqd.storage import tasks as store
 from agentqd.storage.paths import expand_workdir
 from agentqd.storage.transaction import Transaction
@@ -105,9 +106,16 @@ class Ends:
         def unit(tx: Transaction) -> None:
             for end in ends:
                 finish_attempt(tx, self.box, end)
+                if any(item.copies for item in end.handed):
+                    self._let_go_of_spare(tx, end)
 
         future = self.box.journal.submit(unit)
         future.add_done_callback(lambda done: self._finished(done, ends))
+
+    def _let_go_of_spare(self, tx: Transaction, end: AttemptEnd) -> None:
+        task = store.find(tx, end.task_id)
+        spare = dropfolder.unnamed(tx, 0 if task is None else task.seq, end.handed)
+        tx.later(lambda: self._workers.let_go(spare))
 
     def _left_nothing(self, item: wire.Exited | AttemptEnd) -> bool:
         """No output and empty folders, and nothing expected: nothing to read or fsync, no thread to be asked for it."""
@@ -172,7 +180,11 @@ class Ends:
             try:
                 most = int(self.box.settings.limits.entry_bytes_max)
                 scan = dropfolder.scan(f"{folder}/outbox", self._workers.blobs, live.taken, how, most)
-                seen = evidence.collect(asked)
+                try:
+                    seen = evidence.collect(asked)
+                except OSError:
+                    blobs.remove(path for item in scan.handed for path in item.copies)
+                    raise
             except OSError as error:
                 if left == 0:
                     reason = ("io_error", f"what the worker left could not be made durable: {error}")
@@ -263,6 +275,7 @@ class Ends:
             for end in ends:
                 self._record_ends([end])
         elif ends[0].failed_reason is None:
+            self._workers.let_go([path for item in ends[0].handed for path in item.copies])
             reason = ("internal_error", f"agentqd failed on this end: {error!r}; please report it"[:400])
             self._record_ends([msgspec.structs.replace(ends[0], seen=None, handed=[], failed_reason=reason)])
 

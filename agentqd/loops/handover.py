@@ -93,14 +93,20 @@ class Handover:
         except OSError as error:
             self.box.log.error("handover_failed", task=live.task.id, error=str(error))
             return
-        if not scan.handed or live.ended or not await self._still_alive(live):
+        if not scan.handed:
+            return
+        if live.ended or not await self._still_alive(live):
+            self._workers.let_go([path for item in scan.handed for path in item.copies])
             return
 
         def unit(tx: Transaction) -> set[str]:
             task = store.get(tx, live.task.seq)
-            if task.state not in {State.RUNNING, State.STOPPING} or task.attempt != live.task.attempt:
-                return set()
-            return dropfolder.record(tx, self.box, task, live.request, live.task.attempt, scan.handed)
+            keys: set[str] = set()
+            if task.state in {State.RUNNING, State.STOPPING} and task.attempt == live.task.attempt:
+                keys = dropfolder.record(tx, self.box, task, live.request, live.task.attempt, scan.handed)
+            if spare := dropfolder.unnamed(tx, task.seq, scan.handed):
+                tx.later(lambda: self._workers.let_go(spare))
+            return keys
 
         failpoint("handover_read")
         keys = await self.box.journal.commit(unit)

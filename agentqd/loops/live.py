@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +16,7 @@ from agentqd.core.task import TaskRequest
 from agentqd.loops.box import Box
 from agentqd.loops.dropfolder import Identity
 from agentqd.loops.link import Link
+from agentqd.storage import blobs
 from agentqd.storage.tasks import TaskRow
 from agentqd.storage.transaction import Transaction
 from agentqd.supervisor import wire
@@ -53,6 +54,12 @@ class Workers:
     def blobs(self) -> str:
         """Where large entries are kept."""
         return f"{self.box.folders.state}/blobs"
+
+    def let_go(self, paths: Collection[str]) -> None:
+        """Remove copies in blobs/ that no entry names and nobody will give to one. The next start finds what is left."""
+        if paths:
+            with contextlib.suppress(RuntimeError):  # the threads have ended
+                self.threads.submit(blobs.remove, paths)
 
     def submit(self, unit: Callable[[Transaction], Any]) -> None:
         """A unit that nobody waits for; a failed journal is told elsewhere, a refused unit is a bug and logged."""

@@ -23,9 +23,11 @@ DISABLED: Final = "the sink is disabled: "  # begins the reason of every row tha
 def mark_for(row: DueRow, outcome: Outcome, schedule: Schedule, draw: float, now_us: int) -> Mark:
     """The row's mark. A deferred row whose next try would lie beyond its lifetime is dead."""
     attempts = row.attempts + 1
-    made = functools.partial(Mark, row.entry_seq, row.sink, row.state)
     if isinstance(outcome, Delivered):
-        return made(RowEvent.ACKNOWLEDGED, attempts, None, outcome.position)
+        return Mark(
+            row.entry_seq, row.sink, row.state, RowEvent.ACKNOWLEDGED, attempts, None, outcome.position
+        )
+    made = functools.partial(Mark, row.entry_seq, row.sink, row.state)
     reason = outcome.reason[:SINK_ERROR_CHARS_MAX]
     if isinstance(outcome, Disabled):
         return made(RowEvent.HELD, attempts, None, None, f"{DISABLED}{reason}"[:SINK_ERROR_CHARS_MAX])

@@ -34,11 +34,11 @@ class Answered(NamedTuple):
 
 
 class Marked(Protocol):
-    def __call__(self, answered: Answered, *, failed: bool) -> None: ...
+    def __call__(self, rows: list[DueRow], marks: list[Mark], *, failed: bool) -> None: ...
 
 
 class Recorder:
-    """One sink's. `keep` is a unit's part; `marked` is called on the loop's thread for each batch, durable or failed."""
+    """One sink's. `keep` is a unit's part; `marked` is called on the loop's thread for all of a unit, durable or failed."""
 
     def __init__(
         self, box: Box, sink: str, keep: Callable[[Transaction, SinkMemory], None], marked: Marked
@@ -96,5 +96,5 @@ class Recorder:
                     self._submit(deque([each]))
                 return
         self.flush()
-        for each in taken:
-            self._marked(each, failed=error is not None)
+        rows = [row for each in taken for row in each.batch]
+        self._marked(rows, [mark for each in taken for mark in each.marks], failed=error is not None)

@@ -3,22 +3,24 @@
 Invariants:
 1. Nothing goes that is active, undelivered, held, dead (a person drops those) or, before `retention.unpulled`, unpulled.
 2. The event chain loses a prefix only; a checkpoint (seq, hash) says from where `audit verify` starts.
-3. Numbers (seq) are never used again: their highest values are kept in meta.
+3. A file in blobs/ goes only if no entry names it, nor ever can: after the commit that took its entry away; or if it lay there at
+   the start, before anything was handed over. (That one a day later: a person may put an older journal back.)
+4. Numbers (seq) are never used again: their highest values are kept in meta.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import sqlite3
 from typing import Final
 
-from agentqd.core.limits import CONFLICTS_KEPT_MAX
+from agentqd.core.limits import BLOB_LEFT_OVER_KEPT_S, CONFLICTS_KEPT_MAX
 from agentqd.core.resolve import resolve
 from agentqd.core.task import read_task
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
+from agentqd.storage import blobs, outbox
 from agentqd.storage import tasks as store
 from agentqd.storage.transaction import Transaction
 
@@ -31,16 +33,37 @@ _EVENTS_STEP: Final = 5000
 class Retention:
     def __init__(self, box: Box) -> None:
         self.box = box
+        self._found: list[str] = []  # names in blobs/; from the first look on: those that no entry has
+
+    async def look(self) -> None:
+        """Before anything is handed over: what lies in blobs/ now and is named by no entry never will be."""
+        found = await asyncio.to_thread(blobs.names_of, self._blobs)
+        named = await self.box.journal.read(outbox.all_blobs) if found else set()
+        self._found = [name for name in found if name not in named]
 
     async def run(self) -> None:
         """Until cancelled. Raises JournalError."""
         while True:
+            await self._remove_left_over()
             for _ in range(int(_EVERY_S)):
                 self.box.beat("retention")
                 await asyncio.sleep(1.0)
             while await self._step():
                 self.box.beat("retention")
                 await asyncio.sleep(0.05)
+
+    @property
+    def _blobs(self) -> str:
+        return f"{self.box.folders.state}/blobs"
+
+    async def _remove_left_over(self) -> None:
+        """Copies that a crash, or a commit of unknown outcome, has left without an entry."""
+        if not self._found:
+            return
+        old_s = self.box.clock.now_us() / US - BLOB_LEFT_OVER_KEPT_S
+        copies, self._found = await asyncio.to_thread(blobs.remove_left_over, self._blobs, self._found, old_s)
+        if copies:
+            self.box.log.info("blobs_left_over_removed", count=copies)
 
     async def _step(self) -> bool:
         """One bounded piece of work; True if there is more."""
@@ -103,14 +126,7 @@ class Retention:
                 continue
             if oldest is not None and self._unpulled(tx.connection, seq, oldest):
                 unpulled += 1
-            blobs = [
-                b
-                for (b,) in tx.execute(
-                    "SELECT blob FROM entries WHERE task_seq = ?1 AND blob IS NOT NULL"
-                    " UNION SELECT a.blob FROM attachments a JOIN entries e ON e.seq = a.entry_seq WHERE e.task_seq = ?1",
-                    (seq,),
-                )
-            ]
+            copies = outbox.blobs_of_task(tx, seq)
             for sink, state, n in tx.execute(
                 "SELECT o.sink, o.state, count(*) FROM outbox o JOIN entries e ON e.seq = o.entry_seq"
                 " WHERE e.task_seq = ? GROUP BY o.sink, o.state",
@@ -127,9 +143,9 @@ class Retention:
             tx.execute("DELETE FROM ids WHERE newest = ?", (row[0],))
             tx.execute("DELETE FROM tasks WHERE seq = ?", (seq,))
             tx.count_task(row[1], row[2], row[3], -1)
-            # blobs/ holds the same content once
+            # a copy belongs to one entry; those from before schema 7 may belong to several
             others = "SELECT 1 FROM entries WHERE blob = ?1 UNION ALL SELECT 1 FROM attachments WHERE blob = ?1 LIMIT 1"
-            gone.append((row[0], [blob for blob in blobs if tx.one(others, (blob,)) is None]))
+            gone.append((row[0], [path for path in copies if tx.one(others, (path,)) is None]))
         if unpulled:
             message = f"{unpulled} results that a consumer has not pulled are past retention.unpulled and were removed"
             alert(tx, self.box, "unpulled_removed", message, key=str(tx.now_us))
@@ -153,12 +169,10 @@ class Retention:
                 (f"position:{sink}", position),
             )
 
-    def _remove_folders(self, task_ids: list[str], blobs: list[str]) -> None:
+    def _remove_folders(self, task_ids: list[str], copies: list[str]) -> None:
         for task_id in task_ids:
             shutil.rmtree(f"{self.box.folders.tasks}/{task_id}", ignore_errors=True)
-        for blob in blobs:
-            if os.path.exists(blob):
-                os.unlink(blob)
+        blobs.remove(copies)
 
     def _remove_conflicts(self, tx: Transaction) -> int:
         """Conflicts seen: as long as events, and the newest CONFLICTS_KEPT_MAX (a program may ask again every second)."""

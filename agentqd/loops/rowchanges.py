@@ -128,8 +128,9 @@ class Moved(msgspec.Struct, frozen=True):
 
 
 def move(tx: Transaction, rows: Sequence[Row], to: str, in_flight: InFlight) -> Moved:
-    """A unit: rows go on under another sink's name, with their ids and tries, attempts from 0. What a person holds stays
-    held. A row that is being sent stays where it is."""
+    """A unit: rows go on under another sink's name, with their ids and tries, attempts from 0, and what is remembered of who has
+    them (`progress`): nobody gets twice what an earlier sink of that type has brought. What a person holds stays held. A row
+    that is being sent stays where it is."""
     moved = kept = 0
     for row in rows:
         if in_flight(row.entry_seq, row.sink):

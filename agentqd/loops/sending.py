@@ -6,19 +6,21 @@ import asyncio
 import hashlib
 import traceback
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from agentqd.core.limits import PROGRESS_BYTES_MAX, SINK_ERROR_CHARS_MAX
 from agentqd.loops.box import Log
-from agentqd.sinks.base import Deferred, Delivery, Outcome, Rejected, Sink
+from agentqd.sinks.base import Deferred, Delivered, Delivery, Disabled, Outcome, Rejected, Sink
 from agentqd.sinks.content import ContentLost, check_aside
 from agentqd.sinks.reason import bounded
 from agentqd.storage.outbox import DueRow
 
 DAMAGED: Final = "the stored payload does not match its sha256: it was damaged on disk and is not sent"
 TURN_ROWS: Final = 200
+_OUTCOMES: Final = frozenset({Delivered, Deferred, Rejected, Disabled})
+_ALL_DELIVERED: Final = frozenset({Delivered})
 
 
 class Unfit(Rejected, frozen=True):
@@ -63,18 +65,24 @@ async def _ask(plug: Sink, name: str, batch: Sequence[DueRow], log: Log) -> Sequ
         for row in batch
     ]  # fmt: skip
     try:
-        async with asyncio.timeout(plug.timeout_s):
+        if plug.timeout_s is None:
             outcomes = await plug.deliver(deliveries)
+        else:
+            async with asyncio.timeout(plug.timeout_s):
+                outcomes = await plug.deliver(deliveries)
     except TimeoutError:
-        late = Deferred(f"no answer within {plug.timeout_s:g} s", connection=True, busy=True)
-        return [late] * len(batch)
+        after = "" if plug.timeout_s is None else f" within {plug.timeout_s:g} s"
+        return [Deferred(f"no answer{after}", connection=True, busy=True)] * len(batch)
     except Exception as error:  # noqa: BLE001 - code we do not own meets us here
         log.error("sink_failed", sink=name, error=repr(error), traceback=traceback.format_exc())
         return [Deferred(f"the sink failed: {error!r}"[:SINK_ERROR_CHARS_MAX])] * len(batch)
-    sound = isinstance(outcomes, list | tuple) and all(isinstance(each, Outcome) for each in outcomes)
+    kinds: set[Any] = set(map(type, outcomes)) if isinstance(outcomes, list | tuple) else {None}
+    sound = kinds <= _OUTCOMES
     if not sound or len(outcomes) != len(batch):
         said = f"{len(outcomes)} of {len(batch)} deliveries" if sound else "with what is no outcome"
         return [Deferred(f"the sink answered {said}")] * len(batch)
+    if kinds == _ALL_DELIVERED:
+        return outcomes
     return [_within_bounds(each, name, log) for each in outcomes]
 
 

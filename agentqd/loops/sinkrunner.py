@@ -100,6 +100,8 @@ class SinkRunner:
                 while True:
                     self.box.beat(f"sink:{self.name}")
                     await self._do_chores()
+                    if self.backlog.runs_low:
+                        await self.backlog.refill()
                     if self._may_send() and (batch := await self._next_batch()):
                         if not self._may_send():  # a send has failed while the journal was read
                             self.backlog.put_back(batch)
@@ -295,7 +297,9 @@ class SinkRunner:
                 self.gate.begin(len(batch), now)
                 self._under_way += len(batch)
                 self.in_flight.update([row.entry_seq for row in batch])
-            if self._waits_for_send and (not batch or self._under_way < self.gate.pace.limit):
+            if (
+                self._waits_for_send and (not batch or self._under_way < self.gate.pace.limit)
+            ) or self.backlog.runs_low:
                 self.kick.set()
 
     async def _send(self, batch: list[DueRow]) -> None:
@@ -314,22 +318,27 @@ class SinkRunner:
             for row, outcome in zip(batch, outcomes, strict=True)
         ]
         self.backlog.answered(marks)
-        changed = self._learn(outcomes, marks)
+        changed = self._learn(outcomes, marks, now)
         bucket = self.gate.bucket
         tokens = None if bucket is None else bucket.memory(self.box.clock.monotonic_s(), now)
         failpoint("receiver_answered")
         self._recorder.take(Answered(batch, outcomes, marks, changed, tokens))
 
-    def _learn(self, outcomes: Sequence[Outcome], marks: Sequence[Mark]) -> SinkMemory | None:
+    def _learn(self, outcomes: Sequence[Outcome], marks: Sequence[Mark], now_us: int) -> SinkMemory | None:
         """What the outcomes say about the receiver; what is to be kept of it, if that has changed."""
         now = self.box.clock.monotonic_s()
         gate = self.gate
         was = gate.breaker.state
         troubles = [each for each in outcomes if type(each) is not Delivered]
-        self.delivered.add(now, len(outcomes) - len(troubles))
-        self.failed.add(now, len(troubles))
         if len(troubles) < len(outcomes):
-            self.delivered_us = self.box.clock.now_us()
+            self.delivered.add(now, len(outcomes) - len(troubles))
+            self.delivered_us = now_us
+        if not troubles and was is BreakerState.CLOSED:
+            gate.breaker.reached(now)
+            gate.pace.succeeded()
+            self.last_error = None
+            return None
+        self.failed.add(now, len(troubles))
         deferred = [each for each in troubles if isinstance(each, Deferred)]
         if any(each.connection for each in deferred):
             gate.breaker.failed(now, self._draw())
@@ -353,7 +362,7 @@ class SinkRunner:
         elif was is not BreakerState.CLOSED:
             gate.pace.begin_anew()
             self.box.log.info("sink_back", sink=self.name)
-        kept = SinkMemory(self._digest, self.box.clock.now_us(), gate.breaker.memory(now), gate.disabled)
+        kept = SinkMemory(self._digest, now_us, gate.breaker.memory(now), gate.disabled)
         before, self._kept = self._kept, kept
         return None if (kept.breaker, kept.disabled) == (before.breaker, before.disabled) else kept
 
@@ -376,13 +385,13 @@ class SinkRunner:
             )
             alert(tx, self.box, "sink_disabled", message, key=f"{self.name}:{memory.at_us}", not_to=self.name, sink=self.name)  # fmt: skip
 
-    def _marked(self, answered: Answered, *, failed: bool) -> None:
-        self.in_flight.difference_update([row.entry_seq for row in answered.batch])
-        self.backlog.marked(answered.marks)
+    def _marked(self, rows: list[DueRow], marks: list[Mark], *, failed: bool) -> None:
+        self.in_flight.difference_update([row.entry_seq for row in rows])
+        self.backlog.marked(marks)
         if failed:
             self.backlog.look()
         if self.gate.why_disabled is not None:  # it was under way when the sink was disabled
             self._hold_all()
             self.kick.set()
-        elif self._ordered or failed or any(m.event is RowEvent.DEFERRED for m in answered.marks):
+        elif self._ordered or failed or any(m.event is RowEvent.DEFERRED for m in marks):
             self.kick.set()

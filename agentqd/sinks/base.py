@@ -32,9 +32,9 @@ class Delivery(msgspec.Struct, frozen=True):
     created_at: int  # microseconds
     attempts: int  # how many tries came before this one
     blob_path: str | None = (
-        None  # file with a large entry's content (the payload then names it); its name is its sha256
+        None  # file with a large entry's content (the payload then names it); its name begins with its sha256
     )
-    progress: bytes | None = None  # what this plug said at the last try
+    progress: bytes | None = None  # what a plug, mostly this one, said at an earlier try
 
 
 class Delivered(msgspec.Struct, frozen=True):
@@ -46,7 +46,8 @@ class Deferred(msgspec.Struct, frozen=True):
     """Later. `connection` counts towards the sink's breaker; nothing else does.
 
     `progress` comes back with the row's next try, over restarts too (at most PROGRESS_BYTES_MAX; None: as it was). It is
-    forgotten when the row is delivered.
+    forgotten when the row is delivered. It goes with a row that a person moves to another sink: a plug reads what its own
+    type has written (by address or URL, never by a place in a config), and takes anything else for nothing.
     """
 
     reason: str
@@ -119,8 +120,12 @@ class Sink(Protocol):
     `notice_kind` (without one: sink_file). One with `checks_content = True` looks at a large entry's file itself."""
 
     batch_max: int  # how many deliveries it takes at once (1 for most)
-    timeout_s: float  # of one `deliver`
     concurrency: int  # batches under way at once, at most (core.pace starts lower and finds its way)
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Of one `deliver`; None: the plug itself ends each one within a time of its own."""
+        ...
 
     async def open(self, last_position: int) -> list[Found]:
         """Called once before the first `deliver`; `last_position`: the highest position that the journal knows for it.

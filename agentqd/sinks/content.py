@@ -1,4 +1,4 @@
-"""An entry's content that is too large for its envelope: a file in blobs/, named by its own sha256, which is looked at before each send.
+"""An entry's content that is too large for its envelope: a file in blobs/, whose name begins with its sha256, which is looked at before each send.
 
 A plug with `checks_content = True` has nothing checked for it: it hashes what it sends while it sends it, or it sends no
 content and says the sum.
@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from agentqd.core.limits import MIB
+from agentqd.storage.blobs import digest_of
 
 DAMAGED: Final = "the stored content does not match its sha256: it was damaged on disk and is not sent"
 MISSING: Final = "the stored content is gone from blobs/: somebody has removed it, and it cannot be sent"
@@ -45,7 +46,8 @@ def open_content(path: str) -> int:
 
 
 def is_whole(path: str, sha256_hex: str) -> bool:
-    return os.path.basename(path) == sha256_hex
+    """The file at `path` has this sum: is it what was handed over? Its name says."""
+    return digest_of(path) == sha256_hex
 
 
 def check(path: str) -> None:

@@ -7,6 +7,7 @@ Invariants:
 3. A kept connection that turns out to be closed before a word of an answer is no failure of the receiver (RFC 9112, 9.3.1:
    it may close an idle one at any time): the request is sent again at once. It may have been taken before; it bears the
    same id, so that this is what a retry five seconds later would do.
+4. `post` ends within its times whatever the receiver does: nobody needs to put a limit around it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ WHOLE_S: Final = 3000.0  # of one large request, however slowly its receiver tak
 ANSWER_BYTES_MAX: Final = 64 * KIB
 _LARGE_ANSWER_S: Final = 120.0  # after a large body's last piece: the kernel may still hold some MiB of it
 _STALE_MAX: Final = 3
+_AT_ONCE_BYTES: Final = (
+    48 * KIB
+)  # a transport takes it whole (its mark is 64 KiB): no write of it is ever waited for
 
 
 class Unanswered(Exception):
@@ -129,10 +133,11 @@ class HttpPost:
             this = _Try(0 if isinstance(body, bytes) else body.length)
             _TRY.set(this)
             try:
-                if isinstance(body, bytes):
+                if isinstance(body, bytes) and len(body) <= _AT_ONCE_BYTES:
                     return await self._exchange(this, headers, body, self._in_all)
                 async with asyncio.timeout(self._answer_s) as this.deadline:
-                    return await self._exchange(this, headers, self._in_pieces(this, body), self._to_connect)
+                    data = body if isinstance(body, bytes) else self._in_pieces(this, body)
+                    return await self._exchange(this, headers, data, self._to_connect)
             except (aiohttp.ClientError, TimeoutError) as error:
                 if this.flaw is not None:
                     raise this.flaw from None
@@ -158,18 +163,19 @@ class HttpPost:
         async with session.post(
             self._url, data=data, headers=headers, allow_redirects=False, timeout=within
         ) as response:
-            this.status = response.status
-            answer = Answer(response.status, response.headers.get("Retry-After"))
-            if not 200 <= response.status < 300:
+            this.status = status = response.status
+            if not 200 <= status < 300:
                 response.close()  # what it says is not asked for
-                return answer
-            if not await _read_whole(response) or this.unsent:
+                return Answer(status, response.headers.get("Retry-After"))
+            content = response.content
+            there = content.is_eof() and content.exception() is None
+            if not (there or await _read_whole(response)) or this.unsent:
                 response.close()
             if this.unsent:
                 raise Unanswered("it said yes before it had taken the whole request", connection=False)
             if this.wire is not None and this.wire.cut is not None and _ends_with_connection(response):
                 raise aiohttp.ClientPayloadError
-            return answer
+            return Answer(status, None)
 
     async def _in_pieces(self, this: _Try, body: Pieces) -> AsyncGenerator[bytes, None]:
         """The body for aiohttp; the deadline moves on with each piece that the receiver's side has taken."""
@@ -196,7 +202,6 @@ class HttpPost:
                 connector=_Connector(limit=self._at_once, keepalive_timeout=KEEP_S, ssl=tls),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
-                skip_auto_headers=("Accept-Encoding",),
                 trust_env=False,
             )
         return self._session

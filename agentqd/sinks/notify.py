@@ -7,6 +7,7 @@ Promises:
 2. A service that has accepted a message is not asked again while the others are tried again, over restarts too (`_Progress`).
 3. Apprise blocks, and a call that hangs cannot be stopped: each has a thread of its own that keeps nobody from leaving, at
    most THREADS_MAX at once. When all of them hang, a try is deferred at once. A call that ends late still counts.
+4. Of an answer over HTTP no more than a MiB is ever in memory (`briefanswers`); what it says after that is not read.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any, Final
 
 from agentqd.core.errors import ConfigError
 from agentqd.sinks.base import Context, Deferred, Delivered, Delivery, Found, Outcome, Rejected
+from agentqd.sinks.briefanswers import be_brief
 from agentqd.sinks.notifytext import BODY_CHARS_MAX, Message, message_of
 from agentqd.sinks.reason import bounded
 from agentqd.sinks.secretfile import secret_lines
@@ -38,6 +40,7 @@ _SLACK_S: Final = 15.0  # beyond our own time limit, for the loop's
 _ESCAPES: Final = 1.5  # a service's limit counts what HTML makes of a text
 _LOGGERS: Final = ("apprise", "urllib3", "requests", "oauthlib", "requests_oauthlib", "paho", "slixmpp")
 _STATUS: Final = re.compile(r"\berror=(\d{3})\b")
+_DIGEST: Final = re.compile("[0-9a-f]{16}")
 _TOO_MANY: Final = 429
 
 
@@ -180,8 +183,11 @@ class _Progress:
             self._accepted.popitem(last=False)
 
     def recall(self, delivery_id: str, told: bytes | None) -> None:
-        for digest in (told or b"").decode("ascii", "replace").split():
-            self.note((delivery_id, digest))
+        """What another type of sink has left there (the row was moved) says nothing of ours."""
+        digests = (told or b"").decode("ascii", "replace").split()
+        if all(map(_DIGEST.fullmatch, digests)):
+            for digest in digests:
+                self.note((delivery_id, digest))
 
     def told(self, delivery_id: str) -> bytes | None:
         """As the row keeps it."""
@@ -261,6 +267,7 @@ def _load() -> None:
 
 def _apprise() -> Any:
     module = importlib.import_module("apprise")
+    be_brief()
     for name in _LOGGERS:
         logger = logging.getLogger(name)
         logger.handlers[:] = [_ears]

@@ -28,7 +28,7 @@ from agentqd.core.limits import CONCURRENCY_MAX
 from agentqd.core.retry import read_retry_after_s
 from agentqd.core.weburl import read_url
 from agentqd.sinks.base import Context, Deferred, Delivered, Delivery, Disabled, Found, Outcome, Rejected
-from agentqd.sinks.httppost import WHOLE_S, Answer, HttpPost, Unanswered
+from agentqd.sinks.httppost import Answer, HttpPost, Unanswered
 from agentqd.sinks.largebody import Damaged, LargeBody
 from agentqd.sinks.reason import bounded
 from agentqd.sinks.signing import Signer, signature
@@ -39,11 +39,11 @@ TIMEOUT_S: Final = 30.0
 _BUSY: Final = frozenset({429, 503})
 _ID: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _LARGE_AT_ONCE: Final = 2  # each costs up to two MiB of memory, and a core while it is signed
-_CLEARLY_LATER_S: Final = 600.0  # the loop's limit: ours are told better
 
 
 class WebhookSink:
     batch_max = 1
+    timeout_s = None  # HttpPost keeps the time
     notice_kind = "webhook_secret"
 
     def __init__(self, context: Context) -> None:
@@ -59,7 +59,6 @@ class WebhookSink:
         self._headers = _headers(settings.headers or {})
         answer_s = float(settings.timeout or TIMEOUT_S)
         self._client = HttpPost(self._url, answer_s, self.concurrency)
-        self.timeout_s = max(WHOLE_S, answer_s) + _CLEARLY_LATER_S
         self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._now_us = context.now_us
         self._told: str | None = None
@@ -124,14 +123,13 @@ class WebhookSink:
     async def _post(
         self, delivery: Delivery, at_s: int, length: int, signed: str | None, body: bytes | LargeBody
     ) -> Answer:
-        own = {
-            "Content-Length": str(length),
-            "webhook-id": delivery.delivery_id,
-            "webhook-timestamp": str(at_s),
-        }
+        headers = self._headers.copy()
+        headers["Content-Length"] = str(length)
+        headers["webhook-id"] = delivery.delivery_id
+        headers["webhook-timestamp"] = str(at_s)
         if signed:
-            own["webhook-signature"] = signed
-        return await self._client.post(self._headers | own, body)
+            headers["webhook-signature"] = signed
+        return await self._client.post(headers, body)
 
 
 def outcome_of(status: int, retry_after: str | None, now_us: int) -> Outcome:
@@ -169,6 +167,7 @@ def _headers(given: dict[str, str]) -> dict[str, str]:
     ours = {
         "User-Agent": f"agentqd/{__version__}",
         "Accept": "*/*",
+        "Accept-Encoding": "identity",
         "Content-Type": "application/cloudevents+json",
     }
     named = {name.lower() for name in given}

@@ -6,6 +6,7 @@ A row's state moves through core.outbox's table only, guarded by the state it is
 from __future__ import annotations
 
 import hashlib
+import os
 import sqlite3
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
@@ -47,19 +48,30 @@ _NEXT_DUE: Final = "SELECT min(due_at) FROM outbox WHERE sink = ? AND state IN (
 _OPEN_SINKS: Final = "SELECT DISTINCT sink FROM outbox WHERE state IN ('pending','delivering','retryable')"
 # All marks of a commit in one statement: a statement for each would hand the interpreter's lock to and fro for each.
 _MARK_COLUMNS: Final = ("seq", "sink", "was", "state", "attempts", "due", "delivered", "position", "error")
-_MARK: Final = (
+_WITH_MARKS: Final = (
     "WITH marks AS MATERIALIZED (SELECT "  # noqa: S608 - fixed names
     + ", ".join(f"json_extract(value, '$[{n}]') AS {name}" for n, name in enumerate(_MARK_COLUMNS))
     + " FROM json_each(?))"
-    " UPDATE outbox SET state = m.state, attempts = m.attempts, due_at = m.due, delivered_at = m.delivered,"
+)
+_MOVED_MEANWHILE: Final = (
+    _WITH_MARKS  # noqa: S608
+    + " SELECT seq, sink FROM marks m WHERE NOT EXISTS (SELECT 1 FROM outbox o WHERE o.entry_seq = m.seq AND o.sink = m.sink AND o.state = m.was)"
+)
+_MARK: Final = (
+    _WITH_MARKS  # noqa: S608
+    + " UPDATE outbox SET state = m.state, attempts = m.attempts, due_at = m.due, delivered_at = m.delivered,"
     " position = m.position, last_error = m.error,"
     " progress = CASE WHEN m.state = 'delivered' THEN NULL ELSE progress END FROM marks m"
-    " WHERE outbox.entry_seq = m.seq AND outbox.sink = m.sink AND outbox.state = m.was RETURNING entry_seq, sink"
+    " WHERE outbox.entry_seq = m.seq AND outbox.sink = m.sink AND outbox.state = m.was"
 )
 _KEEP_PROGRESS: Final = "UPDATE outbox SET progress = ? WHERE entry_seq = ? AND sink = ?"
 _INSERT_TRY: Final = (
     "INSERT INTO tries (entry_seq, sink, n, at, outcome, reason)"
     " SELECT ?1, ?2, coalesce(max(n), 0) + 1, ?3, ?4, ?5 FROM tries WHERE entry_seq = ?1 AND sink = ?2"
+)
+_BLOBS_OF_TASK: Final = (
+    "SELECT blob FROM entries WHERE task_seq = ?1 AND blob IS NOT NULL"
+    " UNION SELECT a.blob FROM attachments a JOIN entries e ON e.seq = a.entry_seq WHERE e.task_seq = ?1"
 )
 _LAST_POSITION: Final = "SELECT max(position) FROM outbox WHERE sink = ? AND position IS NOT NULL"
 
@@ -147,6 +159,17 @@ def add_entry(tx: Transaction, entry: NewEntry) -> int:
 def _fresh(tx: Transaction, entry: NewEntry, seq: int, sink: str, digest: bytes, due_at: int) -> DueRow:
     return DueRow(seq, sink, RowState.PENDING, 0, tx.now_us, entry.delivery_id, entry.type, entry.kind, entry.key, entry.task_id,
                   entry.payload, entry.blob, digest, due_at)  # fmt: skip
+
+
+def blobs_of_task(source: sqlite3.Connection | Transaction, task_seq: int) -> list[str]:
+    """The files in blobs/ that its entries name."""
+    return [path for (path,) in source.execute(_BLOBS_OF_TASK, (task_seq,))]
+
+
+def all_blobs(source: sqlite3.Connection) -> set[str]:
+    """The names in blobs/ that any entry has, wherever the state folder was when it was taken (two indexes answer)."""
+    sql = "SELECT blob FROM entries WHERE blob IS NOT NULL UNION SELECT blob FROM attachments"
+    return {os.path.basename(path) for (path,) in source.execute(sql)}
 
 
 def add_row(tx: Transaction, entry_seq: int, sink: str) -> None:
@@ -237,10 +260,14 @@ def mark(tx: Transaction, marks: Iterable[Mark]) -> list[Mark]:
         delivered_at = tx.now_us if state is RowState.DELIVERED else None
         rows.append((item.entry_seq, item.sink, item.was.value, state.value, item.attempts, item.due_at, delivered_at,
                      item.position, item.error))  # fmt: skip
-    moved = {(seq, sink) for seq, sink in tx.execute(_MARK, (msgspec.json.encode(rows).decode(),))}
+    encoded = (msgspec.json.encode(rows).decode(),)
+    gone = set(
+        tx.execute(_MOVED_MEANWHILE, encoded)
+    )  # not RETURNING: a row of an answer costs a turn at the lock
+    tx.execute(_MARK, encoded)
     done = []
     for item, row in zip(items, rows, strict=True):
-        if (item.entry_seq, item.sink) in moved:
+        if (item.entry_seq, item.sink) not in gone:
             tx.count_outbox(item.sink, row[2], -1)
             tx.count_outbox(item.sink, row[3], 1)
             done.append(item)

@@ -20,6 +20,11 @@ import msgspec
 _encode = msgspec.json.Encoder().encode
 
 _INSERT_EVENT: Final = "INSERT INTO events (seq, at, task, event, data, hash) VALUES (?, ?, ?, ?, ?, ?)"
+# Many in one statement: a statement for each would hand the interpreter's lock to and fro for each.
+_INSERT_EVENTS: Final = (
+    "INSERT INTO events (seq, at, task, event, data, hash) SELECT ?1 + key, ?2, json_extract(value, '$[0]'),"
+    " json_extract(value, '$[1]'), json_extract(value, '$[2]'), substr(?3, 1 + 32 * key, 32) FROM json_each(?4)"
+)
 _ADD_TASK_COUNT: Final = (
     "INSERT INTO task_counts (queue, state, result, n) VALUES (?, ?, ?, ?)"
     " ON CONFLICT DO UPDATE SET n = n + excluded.n"
@@ -32,6 +37,7 @@ _ACTIVE_COUNTS: Final = (
 )
 _ACTIVE_STATES: Final = frozenset({"running", "stopping"})
 _GENESIS: Final = bytes(32)
+_MANY_EVENTS: Final = 4
 _PARKED: Final = frozenset({"held", "dropped"})
 
 
@@ -199,16 +205,20 @@ class Transaction:
 
     def flush(self) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
         """Write events and sums; called once, last before COMMIT. Returns what is to be done after it, at once and later."""
-        rows = []
         numbers, at = self.numbers, self.now_us
-        head, seq = numbers.head, numbers.event
-        for task, event, data in self._events:
-            seq += 1
+        head, first = numbers.head, numbers.event + 1
+        hashes = []
+        for seq, (task, event, data) in enumerate(self._events, first):
             head = event_hash(head, seq, at, task, event, data)
-            rows.append((seq, at, task, event, data, head))
-        numbers.event, numbers.head = seq, head
-        if rows:
-            self.connection.executemany(_INSERT_EVENT, rows)
+            hashes.append(head)
+        numbers.event, numbers.head = numbers.event + len(hashes), head
+        if len(hashes) < _MANY_EVENTS:
+            rows = zip(self._events, hashes, strict=True)
+            each = [(seq, at, *event, link) for seq, (event, link) in enumerate(rows, first)]
+            self.connection.executemany(_INSERT_EVENT, each)
+        else:
+            events = _encode(self._events).decode()
+            self.connection.execute(_INSERT_EVENTS, (first, at, b"".join(hashes), events))
         counted: tuple[tuple[str, list[Any]], ...] = (
             (_ADD_TASK_COUNT, self._task_counts),
             (_ADD_OUTBOX_COUNT, self._outbox_counts),

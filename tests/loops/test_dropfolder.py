@@ -18,6 +18,7 @@ from agentqd.core.settings import Alerts, Queue, Settings, Sink
 from agentqd.core.task import read_task
 from agentqd.loops.dropfolder import Handed, How, Scan, record, scan
 from agentqd.storage import tasks as store
+from agentqd.storage.blobs import digest_of
 from agentqd.storage.transaction import Transaction
 
 from .harness import Bench
@@ -193,7 +194,7 @@ async def test_a_large_file_is_copied_durably_and_named_by_its_path(bench: Bench
     (data,) = await bench.entries("entry")
     assert (data["path"], data["bytes"]) == (item.blob, LARGE)
     assert Path(item.blob).stat().st_size == LARGE
-    assert [name for name in os.listdir(Path(item.blob).parent) if name.startswith(".")] == []
+    assert [name for name in os.listdir(Path(item.blob).parent) if name.startswith(".tmp-")] == []
 
 
 async def test_a_file_over_the_limit_is_set_aside_unread(bench: Bench, drop: Path) -> None:
@@ -405,7 +406,7 @@ async def test_attachments_are_our_own_durable_copies(bench: Bench, drop: Path) 
         b"second",
         b"first",
     ]
-    assert all(Path(each["path"]).name == each["sha256"] for each in data["attachments"])
+    assert all(digest_of(each["path"]) == each["sha256"] for each in data["attachments"])
     kept = {path for (path,) in await bench.rows("SELECT blob FROM attachments")}
     assert kept == {each["path"] for each in data["attachments"]}
 

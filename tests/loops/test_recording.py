@@ -36,8 +36,9 @@ async def answered(bench: Bench) -> list[Answered]:
 
 
 def recorder(bench: Bench, told: list[tuple[str, bool]]) -> Recorder:
-    def marked(each: Answered, *, failed: bool) -> None:
-        told.append((each.batch[0].delivery_id, failed))
+    def marked(rows: list[DueRow], marks: list[Mark], *, failed: bool) -> None:
+        assert [row.entry_seq for row in rows] == [mark.entry_seq for mark in marks]
+        told.extend((row.delivery_id, failed) for row in rows)
 
     return Recorder(bench.box, "s", lambda tx, memory: None, marked)
 

@@ -141,7 +141,7 @@ async def test_a_chain_of_which_all_was_old_goes_on_with_new_numbers(bench: Benc
 
 
 async def test_a_large_entry_of_two_tasks_goes_with_the_last_of_them(bench: Bench) -> None:
-    """blobs/ holds a content once, however many tasks handed it over."""
+    """Before schema 7 several entries could name one file."""
     await bench.connect()
     blob = Path(bench.folders.state, "blobs", "ab" * 32)
     blob.parent.mkdir()

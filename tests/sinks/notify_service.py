@@ -6,6 +6,7 @@ Notes each request in FOLDER/asked, and in FOLDER/received the last word of each
 """
 
 import contextlib
+import gzip
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ import time
 
 folder, listening = sys.argv[1], socket.socket(fileno=int(sys.argv[2]))
 lock = threading.Lock()
+VAST = 100_000_000
 
 
 def mode(path: str) -> str:
@@ -75,12 +77,14 @@ def serve(connection: socket.socket) -> None:
             take(path, body)
             while mode(path) == "late":
                 time.sleep(0.005)
-        elif now in ("good", "ambiguous"):
+        elif now in ("good", "ambiguous") or (now.startswith("vast") and "refusing" not in now):
             take(path, body)
         if now == "ambiguous":
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             return
-        if now == "huge answer":
+        if now.startswith("vast"):
+            answer_vastly(connection, now.removeprefix("vast "))
+        elif now == "huge answer":
             answer(connection, 500, b"no\x07" * 3_000_000)
         elif now == "deferring":
             answer(connection, 503, b"later, token-in-an-answer")
@@ -88,6 +92,26 @@ def serve(connection: socket.socket) -> None:
             answer(connection, int(now))
         else:
             answer(connection, 200)
+
+
+def answer_vastly(connection: socket.socket, kind: str) -> None:
+    """100 MB, in one of the ways in which a body may come."""
+    head, block, blocks = "HTTP/1.1 200 OK\r\n", bytes(VAST // 100), 100
+    if kind == "packed":
+        block, blocks = gzip.compress(bytes(VAST), 1), 1
+        head += f"Content-Encoding: gzip\r\nContent-Length: {len(block)}\r\n"
+    elif kind == "chunked":
+        block = b"%x\r\n%s\r\n" % (len(block), block)
+        head += "Transfer-Encoding: chunked\r\n"
+    elif kind == "refusing":
+        head = f"HTTP/1.1 503 No\r\nContent-Length: {VAST}\r\n"
+    elif kind == "redirecting":  # and none of it can be unpacked
+        head = f"HTTP/1.1 307 So\r\nLocation: /landed\r\nContent-Encoding: gzip\r\nContent-Length: {VAST}\r\n"
+    elif kind == "longer":
+        blocks = 300
+    connection.sendall(head.encode() + b"Connection: close\r\n\r\n")
+    for _ in range(blocks):
+        connection.sendall(block)
 
 
 def safely(connection: socket.socket) -> None:

@@ -278,4 +278,4 @@ def test_its_limits_are_sensible(adapter: Adapter) -> None:
     sink = adapter.make()
     assert sink.batch_max >= 1
     assert sink.concurrency >= 1
-    assert 0 < sink.timeout_s <= 3600
+    assert sink.timeout_s is None or 0 < sink.timeout_s <= 3600  # None: see the test of what hangs

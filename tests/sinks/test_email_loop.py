@@ -160,6 +160,36 @@ async def test_a_dead_letter_that_is_sent_again_goes_only_to_those_who_have_not_
     assert [facts["to"] for facts in post.server.facts()] == [["a@example.org"], ["b@example.org"]]
 
 
+@pytest.mark.parametrize("state", ["retryable", "dead"])
+async def test_a_row_that_is_moved_to_another_mail_sink_goes_to_those_who_have_not_got_it(post: EmailAdapter, tmp_path: Path, state: str) -> None:  # fmt: skip
+    """`outbox move`: who has it from the first server does not get it from the second; whom that one refused is asked."""
+    answers = {"b@example.org": "550 5.1.1 nobody"} | (
+        {"c@example.org": "451 later"} if state == "retryable" else {}
+    )
+    post.plan(rcpt=answers)
+    async with loop_of(post, tmp_path) as (bench, _):
+        await put(bench, "m", to=["a@example.org", "b@example.org", "c@example.org"])
+        await states(bench, **{state: 1})
+        post.plan()
+        pick = rowchanges.Pick(tuple(each.value for each in rowchanges.MOVED_STATES), "mail")
+        moved = await bench.do(lambda tx: rowchanges.move(tx, rowchanges.find(tx, pick, "true", ()), "second", lambda *_: False))  # fmt: skip
+        assert moved == rowchanges.Moved(1, 0)
+        post.more |= {"from_": "second@example.org"}
+        second = SinkRunner(bench.box, "second", post.settings(), None, lambda: 0.0)  # type: ignore[arg-type]
+        task = asyncio.create_task(second.run())
+        async with asyncio.timeout(30):
+            while await bench.rows("SELECT state, progress FROM outbox WHERE sink = 'second'") != [("delivered", None)]:  # fmt: skip
+                await asyncio.sleep(0.01)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+    first, then = post.server.facts()
+    others = {"b@example.org"} | ({"c@example.org"} if state == "retryable" else set())
+    assert (set(first["to"]), set(then["to"])) == ({"a@example.org", "b@example.org", "c@example.org"} - others, others)  # fmt: skip
+    assert (first["from"], then["from"]) == ("agent@example.org", "second@example.org")
+    assert len({mail["Message-ID"] for mail in post.server.mails()}) == 1
+
+
 async def test_a_wrong_password_is_one_alert_and_the_breaker_keeps_the_account_from_being_locked(post: EmailAdapter, tmp_path: Path) -> None:  # fmt: skip
     post.plan(auth="other:word")
     async with loop_of(post, tmp_path) as (bench, runner):

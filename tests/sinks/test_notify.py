@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import msgspec
 import pytest
 
 from agentqd.core.envelope import seal
-from agentqd.core.limits import SINK_ERROR_CHARS_MAX
+from agentqd.core.limits import MIB, SINK_ERROR_CHARS_MAX
 from agentqd.sinks import notify
 from agentqd.sinks.base import Deferred, Delivered, Outcome, Rejected, Sink
 from agentqd.sinks.notifytext import message_of
@@ -62,6 +63,30 @@ def calls() -> int:
     return sum(thread.name == "sink-notify" for thread in threading.enumerate())
 
 
+# A hostile service.
+
+
+@pytest.mark.parametrize("kind", ["plain", "packed", "chunked", "longer", "redirecting", "refusing"])
+async def test_of_an_answer_of_100_mb_only_the_beginning_is_ever_in_memory(people: NotifyAdapter, kind: str) -> None:  # fmt: skip
+    people.say(f"vast {kind}", "one")
+    sink = await opened(people)
+    tracemalloc.start()
+    try:
+        outcome = await one(sink)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    if kind == "refusing":
+        assert isinstance(outcome, Deferred)
+        assert outcome.reason == "URL 1 of 1 (JSON): HTTP 503"
+    else:
+        assert isinstance(outcome, Delivered)
+        assert people.taken()[0][0] == "one"
+    assert ("landed" in dict(people.taken())) is (kind == "redirecting")
+    assert peak < 8 * MIB, f"{peak / MIB:.0f} MiB at once"
+    await sink.close()
+
+
 # Several services.
 
 
@@ -99,6 +124,22 @@ async def test_what_was_accepted_is_known_after_a_restart(people: NotifyAdapter)
     assert isinstance((await again.deliver([item]))[0], Delivered)
     assert [path for path, _ in people.taken()] == ["one", "two"]
     await again.close()
+
+
+async def test_what_another_type_of_sink_remembers_of_a_moved_row_says_nothing_here(people: NotifyAdapter) -> None:  # fmt: skip
+    people.write_urls("one", "two")
+    people.say("deferring", "two")
+    sink = await opened(people)
+    for foreign in (
+        b'{"accepted":["0123456789abcdef"],"refused":{"fedcba9876543210":"550 no"}}',
+        b"\xff\x00 x",
+    ):
+        outcome = (await sink.deliver([msgspec.structs.replace(delivery(1), progress=foreign)]))[0]
+        assert isinstance(outcome, Deferred)
+        assert outcome.progress is not None
+        assert len(outcome.progress.split()) == 1, "only who has accepted it here"
+    assert [path for path, _ in people.taken()] == ["one"]
+    await sink.close()
 
 
 async def test_an_answer_that_comes_too_late_still_counts(people: NotifyAdapter) -> None:

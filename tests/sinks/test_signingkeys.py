@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from pathlib import Path
@@ -19,7 +20,9 @@ LATER_S = 100.0
 
 
 def keys_of(*files: str, ahead_s: float = LATER_S) -> SigningKeys:
-    return SigningKeys(files, lambda: int((time.time() + ahead_s) * 1_000_000))
+    """Its clock is 20 ms further at each look: longer than a look is good for."""
+    steps = itertools.count()
+    return SigningKeys(files, lambda: int((time.time() + ahead_s) * 1_000_000) + next(steps) * 20_000)
 
 
 def test_a_file_that_has_not_changed_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +77,19 @@ def test_a_file_that_is_gone_signs_nothing_any_more(tmp_path: Path) -> None:
         keys.now()
     keep_secret(path, line_of(b"b"))
     assert keys.now() == [b"b"]
+
+
+def test_a_look_is_good_for_ten_milliseconds(tmp_path: Path) -> None:
+    now = [int((time.time() + LATER_S) * 1_000_000)]
+    path = tmp_path / "s"
+    keys = SigningKeys([keep_secret(path, line_of(b"a"))], lambda: now[0])
+    assert keys.now() == [b"a"]
+    path.unlink()
+    now[0] += 9_999
+    assert keys.now() == [b"a"]
+    now[0] -= 100_000  # a clock that was put back
+    with pytest.raises(ConfigError, match="cannot be read"):
+        keys.now()
 
 
 def test_without_a_file_there_are_none() -> None:

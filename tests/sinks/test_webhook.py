@@ -95,7 +95,7 @@ async def test_the_envelope_goes_out_as_stored_and_its_verifier_is_content(
     assert request.headers["content-length"] == str(len(request.body))
     assert request.headers["webhook-id"] == delivery(1).delivery_id
     assert request.headers["x-team"] == "a b"
-    assert "accept-encoding" not in request.headers
+    assert request.headers["accept-encoding"] == "identity"
     assert "cookie" not in request.headers
     assert Webhook(SECRET_LINE).verify(request.body, request.headers)["id"] == delivery(1).delivery_id
     with pytest.raises(WebhookVerificationError):
@@ -321,6 +321,24 @@ async def test_what_takes_longer_than_the_timeout_is_later_and_busy(
         assert (outcome.connection, outcome.busy) == (True, True)
     web.drop_all()
     await until(lambda: len(open_descriptors()) <= before)
+
+
+@pytest.mark.parametrize("behaviour", [hangs, never_reads, trickles(b"HTTP/1.1 200 OK\r\nX: ")])
+async def test_a_long_envelope_keeps_the_time_too(web: Receiver, behaviour: Behaviour) -> None:
+    """It is not written at one go, so that its time is kept in another way."""
+    web.does = behaviour
+    entry = delivery(1, padding=250_000)
+    async with sink_to(web.url, timeout=Duration(0.25)) as sink:
+        began = time.monotonic()
+        (outcome,) = await sink.deliver([entry])
+        assert 0.2 < time.monotonic() - began < 2
+        assert isinstance(outcome, Deferred)
+        assert "no answer within 0.25 s" in outcome.reason
+        assert (outcome.connection, outcome.busy) == (True, True)
+        web.does = good
+        (outcome,) = await sink.deliver([entry])
+        assert outcome == Delivered()
+    assert web.seen[-1].body == entry.payload
 
 
 async def test_a_no_that_trickles_is_heard_at_once(web: Receiver) -> None:
