@@ -6,21 +6,24 @@ Invariants:
 3. A file in blobs/ goes only if no entry names it, nor ever can: after the commit that took its entry away; or if it lay there at
    the start, before anything was handed over. (That one a day later: a person may put an older journal back.)
 4. Numbers (seq) are never used again: their highest values are kept in meta.
+5. A task's folder has lost its name when its id is free again (`storage.setaside`): the id's next task finds nothing of it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import shutil
+import contextlib
 import sqlite3
 from typing import Final
+
+import msgspec
 
 from agentqd.core.limits import BLOB_LEFT_OVER_KEPT_S, CONFLICTS_KEPT_MAX
 from agentqd.core.resolve import resolve
 from agentqd.core.task import read_task
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
-from agentqd.storage import blobs, outbox
+from agentqd.storage import blobs, outbox, setaside
 from agentqd.storage import tasks as store
 from agentqd.storage.transaction import Transaction
 
@@ -30,13 +33,28 @@ _STEP: Final = 200
 _EVENTS_STEP: Final = 5000
 
 
+class _NotSetAside(Exception):
+    """That folders were moved cannot be made durable: their tasks stay, and are tried again a minute later."""
+
+
+class _Removed(msgspec.Struct):
+    """By one unit: what goes from the disk once it is durable."""
+
+    count: int = 0
+    folders: list[str] = []
+    copies: list[str] = []
+
+
 class Retention:
     def __init__(self, box: Box) -> None:
         self.box = box
         self._found: list[str] = []  # names in blobs/; from the first look on: those that no entry has
+        self._aside: list[str] = []  # folders of tasks that the journal no longer knows
 
     async def look(self) -> None:
-        """Before anything is handed over: what lies in blobs/ now and is named by no entry never will be."""
+        """Before anything is handed over or begun: what lies in blobs/ now and is named by no entry never will be; what was set
+        aside and not forgotten goes back. Raises JournalError."""
+        await self._look_aside()
         found = await asyncio.to_thread(blobs.names_of, self._blobs)
         named = await self.box.journal.read(outbox.all_blobs) if found else set()
         self._found = [name for name in found if name not in named]
@@ -45,12 +63,30 @@ class Retention:
         """Until cancelled. Raises JournalError."""
         while True:
             await self._remove_left_over()
+            aside, self._aside = self._aside, []
+            await asyncio.to_thread(setaside.remove, aside)
             for _ in range(int(_EVERY_S)):
                 self.box.beat("retention")
                 await asyncio.sleep(1.0)
             while await self._step():
                 self.box.beat("retention")
                 await asyncio.sleep(0.05)
+
+    async def _look_aside(self) -> None:
+        try:
+            left = await asyncio.to_thread(setaside.left_over, self._aside_folder)
+            kept = (
+                await self.box.journal.read(lambda c: store.known_seqs(c, left.values())) if left else set()
+            )
+            back = [path for path, seq in left.items() if seq in kept]
+            await asyncio.to_thread(setaside.put_back, self.box.folders.tasks, back)
+            self._aside = [path for path, seq in left.items() if seq not in kept]
+        except OSError as problem:  # it is found again at the next start, and must not hinder this one
+            self.box.log.error("task_folders_set_aside", folder=self._aside_folder, error=str(problem))
+
+    @property
+    def _aside_folder(self) -> str:
+        return f"{self.box.folders.state}/.removed"
 
     @property
     def _blobs(self) -> str:
@@ -68,15 +104,19 @@ class Retention:
     async def _step(self) -> bool:
         """One bounded piece of work; True if there is more."""
         seqs = await self.box.journal.read(self._old_tasks)
+        removed = _Removed()
         if seqs:
-            gone = await self.box.journal.commit(lambda tx: self._remove_tasks(tx, seqs))
-            await asyncio.to_thread(
-                self._remove_folders, [task_id for task_id, _ in gone], [b for _, bs in gone for b in bs]
-            )
+            try:
+                removed = await self.box.journal.commit(lambda tx: self._remove_tasks(tx, seqs))
+            except _NotSetAside as problem:
+                self.box.log.error("retention_failed", error=str(problem))
+                return False
+            await asyncio.to_thread(setaside.remove, removed.folders)
+            await asyncio.to_thread(blobs.remove, removed.copies)
         more = await self.box.journal.commit(
             lambda tx: _EVENTS_STEP in (self._remove_events(tx), self._remove_conflicts(tx))
         )
-        return len(seqs) == _STEP or more
+        return (len(seqs) == _STEP and removed.count > 0) or more
 
     def _old_tasks(self, connection: sqlite3.Connection) -> list[int]:
         retention, now = self.box.settings.retention, self.box.clock.now_us()
@@ -113,8 +153,22 @@ class Retention:
         ).fetchone()
         return row is not None
 
-    def _remove_tasks(self, tx: Transaction, seqs: list[int]) -> list[tuple[str, list[str]]]:
-        gone = []
+    def _remove_tasks(self, tx: Transaction, seqs: list[int]) -> _Removed:
+        """A unit. An I/O error of a folder is not one of the journal: nothing is removed then. Raises _NotSetAside."""
+        removed = _Removed()
+        try:
+            self._forget_tasks(tx, seqs, removed)
+            if removed.folders:
+                setaside.make_durable(self.box.folders.tasks, self._aside_folder)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # else the next start does it
+                setaside.put_back(self.box.folders.tasks, removed.folders)
+            if isinstance(error, OSError):
+                raise _NotSetAside(f"{self._aside_folder}: {error}") from error
+            raise
+        return removed
+
+    def _forget_tasks(self, tx: Transaction, seqs: list[int], removed: _Removed) -> None:
         oldest = tx.one("SELECT min(acknowledged) FROM consumers")[0]
         unpulled = 0
         self._keep_numbers(tx)
@@ -124,6 +178,12 @@ class Retention:
             )
             if row is None:
                 continue
+            try:
+                folder = setaside.set_aside(self.box.folders.tasks, self._aside_folder, seq, row[0])
+            except OSError as problem:
+                self.box.log.error("task_folder_stuck", task=row[0], error=str(problem))
+                continue
+            removed.folders += [] if folder is None else [folder]
             if oldest is not None and self._unpulled(tx.connection, seq, oldest):
                 unpulled += 1
             copies = outbox.blobs_of_task(tx, seq)
@@ -145,13 +205,13 @@ class Retention:
             tx.count_task(row[1], row[2], row[3], -1)
             # a copy belongs to one entry; those from before schema 7 may belong to several
             others = "SELECT 1 FROM entries WHERE blob = ?1 UNION ALL SELECT 1 FROM attachments WHERE blob = ?1 LIMIT 1"
-            gone.append((row[0], [path for path in copies if tx.one(others, (path,)) is None]))
+            removed.copies += [path for path in copies if tx.one(others, (path,)) is None]
+            removed.count += 1
         if unpulled:
             message = f"{unpulled} results that a consumer has not pulled are past retention.unpulled and were removed"
             alert(tx, self.box, "unpulled_removed", message, key=str(tx.now_us))
-        if gone:
-            tx.event(None, "tasks_removed", count=len(gone))
-        return gone
+        if removed.count:
+            tx.event(None, "tasks_removed", count=removed.count)
 
     @staticmethod
     def _keep_numbers(tx: Transaction) -> None:
@@ -168,11 +228,6 @@ class Retention:
                 "INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = max(value, excluded.value)",
                 (f"position:{sink}", position),
             )
-
-    def _remove_folders(self, task_ids: list[str], copies: list[str]) -> None:
-        for task_id in task_ids:
-            shutil.rmtree(f"{self.box.folders.tasks}/{task_id}", ignore_errors=True)
-        blobs.remove(copies)
 
     def _remove_conflicts(self, tx: Transaction) -> int:
         """Conflicts seen: as long as events, and the newest CONFLICTS_KEPT_MAX (a program may ask again every second)."""

@@ -143,6 +143,14 @@ def find_many(source: Transaction | sqlite3.Connection, ids: Sequence[str]) -> d
     return found
 
 
+def known_seqs(source: Transaction | sqlite3.Connection, seqs: Iterable[int]) -> set[int]:
+    """Those of a task that exists."""
+    known = source.execute(
+        "SELECT seq FROM tasks WHERE seq IN (SELECT value FROM json_each(?))", (str(list(seqs)),)
+    )
+    return {seq for (seq,) in known}
+
+
 def spec_of(source: Transaction | sqlite3.Connection, seq: int) -> tuple[bytes, bytes | None]:
     """The task as written, and a prompt_ref's content."""
     row = source.execute(_SPEC, (seq,)).fetchone()

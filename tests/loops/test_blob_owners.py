@@ -40,7 +40,7 @@ class _World:
         self.retention = Retention(bench.box)
         self.found: list[Handed] = []
         self.spare: list[str] = []
-        self.gone: list[tuple[str, list[str]]] = []
+        self.gone: Any = None
 
     async def begin(self) -> None:
         await self.bench.connect()
@@ -79,7 +79,7 @@ class _World:
 
     async def unlinked(self) -> None:
         """What retention does after it."""
-        self.retention._remove_folders([], [path for _, paths in self.gone for path in paths])
+        blobs.remove(self.gone.copies)
 
     async def restarted(self) -> None:
         """As after a crash, much later: nothing is known but the journal and the disk."""

@@ -18,7 +18,7 @@ from agentqd.loops.attachments import Attached
 from agentqd.loops.dropfolder import Handed
 from agentqd.loops.reload import Reload
 from agentqd.loops.retention import Retention
-from agentqd.storage import audit, outbox
+from agentqd.storage import audit, outbox, setaside
 from agentqd.storage.configfile import load_settings
 from agentqd.storage.journal import Journal
 from agentqd.system.inotify import Inotify, NoInotify
@@ -59,6 +59,73 @@ async def test_old_delivered_tasks_go_with_everything_that_is_theirs(bench: Benc
     assert os.listdir(bench.folders.tasks) == []
     for table in ("entries", "outbox", "tries", "intents", "dependencies"):
         assert await bench.rows(f"SELECT count(*) FROM {table}") == [(0,)], table
+
+
+async def test_a_folder_whose_commit_did_not_happen_goes_back_and_one_whose_commit_did_goes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed right before, and right after the commit; then the id is used again before the old folder has gone."""
+    await _old(bench, "a", "b")
+    tasks, aside = Path(bench.folders.tasks), Path(bench.folders.state) / ".removed"
+    (tasks / "a" / "attempt-1" / "exit.json").touch()
+    seqs = dict(await bench.rows("SELECT id, seq FROM tasks"))
+    aside.mkdir()
+    os.rename(tasks / "a", aside / f"{seqs['a']}.a")
+    await Retention(bench.box).look()
+    assert os.listdir(aside) == []
+    assert (tasks / "a" / "attempt-1" / "exit.json").exists()
+
+    monkeypatch.setattr(setaside, "remove", lambda paths: None)
+    await _sweep(bench)
+    monkeypatch.undo()
+    assert await _ids(bench) == []
+    assert os.listdir(tasks) == []
+    again = await bench.add(id="a")
+    assert again == "a"
+    assert not (tasks / "a").exists(), "its worker finds nothing of the old one"
+    retention = Retention(bench.box)
+    await retention.look()
+    assert not (tasks / "a").exists()
+    assert len(retention._aside) == 2
+    setaside.remove(retention._aside)
+    assert os.listdir(aside) == []
+
+
+async def test_a_unit_that_fails_puts_the_folders_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    await _old(bench, "a")
+    folder = Path(bench.folders.attempt("a", 1))
+
+    def broken(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(setaside, "make_durable", broken)
+    assert not await Retention(bench.box)._step()
+    assert folder.exists()
+    assert await _ids(bench) == ["a"]
+    assert ("retention_failed", "Input/output error") in [
+        (event, str(fields.get("error"))[-18:]) for event, fields in bench.log.lines
+    ]
+    monkeypatch.undo()
+    await _sweep(bench)
+    assert await _ids(bench) == []
+
+
+async def test_a_folder_that_cannot_be_moved_keeps_its_task_and_no_other(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await _old(bench, "a", "b")
+    real = os.rename
+
+    def rename(old: str, new: str) -> None:
+        if old.endswith("/a"):
+            raise OSError(16, "Device or resource busy")
+        real(old, new)
+
+    monkeypatch.setattr(setaside.os, "rename", rename)
+    await _sweep(bench)
+    assert await _ids(bench) == ["a"]
+    assert os.listdir(bench.folders.tasks) == ["a"]
+    assert "task_folder_stuck" in [event for event, _ in bench.log.lines]
 
 
 async def test_nothing_goes_that_is_young_active_undelivered_or_dead(bench: Bench) -> None:
