@@ -234,15 +234,20 @@ async def test_contacts_in_a_row_wake_it_once_in_ten_seconds(bench: Bench, plug:
     plug.answers = [later] * 20
     async with _running(bench) as runner:
         await _put(bench, "d0")
-        await until_states(bench, retryable=1)
+        await bench.until(lambda: waits_in_memory(runner))  # a moment after it is so in the journal
         for n in range(3):
             runner.hears_of(frozenset({"laptop.lan"}))
             await bench.until(lambda: len(plug.seen) == 2)
             await asyncio.sleep(0.01)
             assert (n, len(plug.seen)) == (n, 2)
+        await bench.until(lambda: waits_in_memory(runner))
         bench.clock.advance(10)
         runner.hears_of(frozenset({"laptop.lan"}))
         await bench.until(lambda: len(plug.seen) == 3)
+
+
+def waits_in_memory(runner: sinkrunner.SinkRunner) -> bool:
+    return bool(not runner.in_flight and runner.backlog.look_at is not None)
 
 
 # Order.
