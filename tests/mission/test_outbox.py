@@ -378,7 +378,8 @@ def test_a_dropped_letter_is_kept_and_never_sent(make_box: MakeBox, tmp_path: Pa
     (row,) = wait_for(
         "a try", lambda: [row for row in rows(box, "d", "archive") if row["state"] == "retryable"]
     )
-    assert box.ctl("outbox", "drop", row["delivery_id"], "--sink", "archive").returncode == 0
+    drop = ("outbox", "drop", row["delivery_id"], "--sink", "archive")
+    wait_for("a moment between two tries", lambda: box.ctl(*drop).returncode == 0)
     (tmp_path / "away").mkdir()
     box.append({"task": "next", "id": "n", "prompt": "echo x", "deliver_to": ["archive"]})
     wait_for("the next", lambda: archived(tmp_path / "away"))
