@@ -20,7 +20,7 @@ check: setup ## format, lint, types, import rules, quick tests: under a minute o
 	@$(PY) -m compileall -q agentqd
 	@free=$$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 { print $$4 }'); memory=; \
 	if [ "$${free:-0}" -gt 1048576 ] && [ -w /dev/shm ]; then memory=/dev/shm; fi; \
-	base=$$(mktemp -d "$${memory:-/tmp}/aq-XXXXXX") && \
+	base=$$(mktemp -d "$${memory:-/tmp}/aq-XXXXXX") && chmod 711 "$$base" && \
 	AGENTQD_QUICK=1 PYTHONDONTWRITEBYTECODE= TMPDIR="$$base" $(PY) -m pytest -q -n 2 --dist loadgroup --basetemp="$$base/t" \
 	  -o tmp_path_retention_policy=failed \
 	  -m "not real and not slow and not sshd and not root and not systemd and not image" && rm -rf "$$base"

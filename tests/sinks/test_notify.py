@@ -281,6 +281,18 @@ async def test_ntfy_takes_it_too(people: NotifyAdapter) -> None:
 # Secrets.
 
 
+def test_the_library_says_nothing_while_it_is_loaded() -> None:
+    """In a process of its own: it is loaded once."""
+    script = """
+import logging
+logging.basicConfig(level=1)
+from agentqd.sinks import notify
+notify._load()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 async def test_no_token_is_ever_logged_printed_or_given_as_a_reason(
     people: NotifyAdapter, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
