@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from budget import tries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -108,7 +109,7 @@ class Player:
             self.check()
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=tries(800))
 @given(HISTORY)
 def test_claims_never_overlap_unasked_never_lock_up_and_are_never_overtaken(history: list[Any]) -> None:
     player = Player()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import pytest
+from budget import tries
 from core.claims_model import Registry, Task
 
 from agentqd.core.errors import InvalidTask, WriteConflict
@@ -28,7 +29,7 @@ from .harness import SOCKET, Bench
 
 PATHS: Final = ("a", "a/b", "a/c", "d", "", "a/*", "d/**/x", "[ad]")
 POLICIES: Final = ("refuse", "queue", "warn")
-HISTORIES: Final = int(os.environ.get("AGENTQD_HISTORIES", "80"))
+HISTORIES: Final = int(os.environ.get("AGENTQD_HISTORIES", tries(80)))
 
 
 @pytest.fixture
@@ -408,6 +409,7 @@ def a_look(tx: Transaction) -> None:
     assert intents.conflicts_of(tx, ["/w/new", "/w/new/x/*.md"]) == []
 
 
+@pytest.mark.slow
 async def test_a_look_among_ten_thousand_claims_costs_what_it_costs_among_few(bench: Bench) -> None:
     await many(bench, 10, "/w/few{}")
     few = await steps_of(bench, a_look)

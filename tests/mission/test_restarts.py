@@ -57,10 +57,12 @@ def test_an_end_while_the_daemon_is_away_is_found_and_delivered(box: RealBox, tm
 
 @pytest.mark.row(14)
 def test_a_stop_of_the_daemon_leaves_workers_running(box: RealBox, tmp_path: Path) -> None:
-    box.append({"task": "lives", "prompt": f"echo $$ > {tmp_path}/pid; sleep 1; echo x"})
+    prompt = f"echo $$ > {tmp_path}/pid; while ! [ -e {tmp_path}/go ]; do sleep 0.05; done; echo x"
+    box.append({"task": "lives", "prompt": prompt})
     worker = started(tmp_path / "pid")
     assert box.stop() == 0
     assert alive(worker)
+    (tmp_path / "go").touch()
     box.start()
     assert box.result("lives")["status"] == "success"
 
@@ -308,6 +310,7 @@ def test_a_large_entry_is_synced_renamed_and_its_folder_synced_before_the_journa
             }
         )
         (entry,) = wait_for("the entry", lambda: box.entries("big"))
+        box.until_pullable(1)  # its line is to be seen before it is synced
         strace.send_signal(signal.SIGINT)
     calls = trace.read_text().splitlines()
 
@@ -382,6 +385,7 @@ def test_what_waits_outlives_both_sides(make_box: MakeBox) -> None:
     wait_for("5 ends", lambda: len(box.results()) == 5)
     box.kill()
     box.start()
+    box.until_pullable(5)
     assert [json.loads(line)["name"] for line in box.ctl("pull").stdout.splitlines()] == [
         line["name"] for line in box.completions()
     ]

@@ -92,6 +92,7 @@ def test_each_side_works_while_the_other_is_off(one: OneLaptop) -> None:
     submit(one, "first")
     one.sshd.kill()  # the laptop sleeps: the box goes on and keeps the result
     one.box.result("first")
+    one.box.until_pullable(1)
     one.end_keepers()
     spooled = submit(one, "second")  # the box is away: the laptop goes on and keeps the task
     assert spooled["where"] == "spool"

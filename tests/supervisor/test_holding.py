@@ -14,6 +14,8 @@ from agentqd.supervisor.wire import NOT_STARTED, End, Exited, Go, Leave, Ping, P
 from .harness import Box, Daemon, is_alive, run, until
 from .test_survivors import kill
 
+pytestmark = pytest.mark.real
+
 
 def held(task: str, script: str, attempt: int = 1) -> msgspec.Struct:
     return msgspec.structs.replace(run(task, script, attempt=attempt), hold=True)
