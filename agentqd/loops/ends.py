@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+from collections import deque
 from typing import Any, Final
 
 import msgspec
@@ -17,11 +18,13 @@ import msgspec
 from agentqd.core.config_rules import effective_runner
 from agentqd.core.errors import JournalError
 from agentqd.core.lifecycle import ACTIVE_STATES
+from agentqd.core.limits import LOOP_TURN_S
 from agentqd.core.resolve import resolve
 from agentqd.core.task import read_task
 from agentqd.core.usage_limit import Limit, find_limit
 from agentqd.core.verdict import RESULT_GRACE
 from agentqd.loops import dropfolder, evidence, undeclared
+from agentqd.loops.box import Signal
 from agentqd.loops.execs import Execs
 from agentqd.loops.finishing import AttemptEnd, finish_attempt
 from agentqd.loops.live import Live, Workers
@@ -44,20 +47,23 @@ class Ends:
         self.live = workers.live
         self.execs = execs
         self._workers = workers
-        self._ends: asyncio.Queue[wire.Exited | AttemptEnd] = asyncio.Queue()
+        self._ends: deque[wire.Exited | AttemptEnd] = deque()
+        self._came = Signal()
 
     def put(self, end: wire.Exited | AttemptEnd) -> None:
         """As the supervisor told it, or as reconcile found it."""
-        self._ends.put_nowait(end)
+        self._ends.append(end)
+        self._came.set()
 
     async def finisher(self) -> None:
         """Take ends as they come; those that arrive together share file work and commit."""
         async with asyncio.TaskGroup() as slow:
             while True:
-                batch = [await self._ends.get()]
-                while not self._ends.empty() and len(batch) < _BATCH_MAX:
-                    batch.append(self._ends.get_nowait())
                 self.box.beat("finisher")
+                if not self._ends:
+                    await self._came.wait(LOOP_TURN_S)
+                    continue
+                batch = [self._ends.popleft() for _ in range(min(len(self._ends), _BATCH_MAX))]
                 quick = [item for item in batch if not self._is_slow(item)]
                 for item in batch:
                     if self._is_slow(item):
@@ -96,7 +102,8 @@ class Ends:
         if all(self._left_nothing(item) for _, item in ends):
             collected = [self._nothing_left(live, item) for live, item in ends]
         else:
-            collected = await loop.run_in_executor(self._workers.threads, self._collect, ends)
+            work = loop.run_in_executor(self._workers.threads, self._collect, ends)
+            collected = await self.box.working("finisher", work)
         ready = [await self._with_undeclared(await self._with_check(end)) for end in collected]
         failpoint("evidence_durable")
 
