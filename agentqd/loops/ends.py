@@ -126,7 +126,9 @@ class Ends:
 
     def _left_nothing(self, item: wire.Exited | AttemptEnd) -> bool:
         """No output and empty folders, and nothing expected: nothing to read or fsync, no thread to be asked for it."""
-        if isinstance(item, AttemptEnd) or item.pid is None:
+        if isinstance(item, AttemptEnd):
+            return item.lost_reason is None
+        if item.pid is None:
             return True
         if item.stdout_bytes or item.stderr_bytes or self._is_slow(item):
             return False
@@ -172,17 +174,25 @@ class Ends:
                 if isinstance(item, AttemptEnd)
                 else AttemptEnd(item.task, item.attempt, live.request, item)
             )
-            spawned = end.exited is not None and end.exited.pid is not None
-            collected.append(self._look(live, end) if spawned else end)
+            if end.exited is None:
+                end = self._as_found(end)
+            began = end.found is not None if end.exited is None else end.exited.pid is not None
+            collected.append(self._look(live, end) if began else end)
         return collected
 
+    def _as_found(self, end: AttemptEnd) -> AttemptEnd:
+        """Nobody saw a lost attempt end; what it has left says when it began and what it wrote."""
+        found = evidence.look_around(self.box.folders.attempt(end.task_id, end.attempt))
+        return end if end.lost_reason is None else msgspec.structs.replace(end, found=found)
+
     def _look(self, live: Live, end: AttemptEnd) -> AttemptEnd:
-        exited = end.exited
-        assert exited is not None
+        exited, found = end.exited, end.exited or end.found
+        assert found is not None
         folder = self.box.folders.attempt(end.task_id, end.attempt)
-        how: dropfolder.How = "exited" if exited.signal is None and exited.intent is None else "killed"
+        by_itself = exited is not None and exited.signal is None and exited.intent is None
+        how: dropfolder.How = "exited" if by_itself else "killed"
         workdir = self._workdir(live)
-        asked = evidence.Asked(folder, workdir, end.request.expect, exited.stdout_bytes, exited.stderr_bytes)
+        asked = evidence.Asked(folder, workdir, end.request.expect, found.stdout_bytes, found.stderr_bytes)
         for left in range(_FSYNC_TRIES - 1, -1, -1):
             try:
                 most = int(self.box.settings.limits.entry_bytes_max)
@@ -207,8 +217,10 @@ class Ends:
                 )
         raise AssertionError("unreachable")
 
-    def _limit(self, live: Live, exited: wire.Exited, folder: str) -> Limit | None:
+    def _limit(self, live: Live, exited: wire.Exited | None, folder: str) -> Limit | None:
         """Did it fail because its runner's usage limit is reached? Never asked of what we ended, or of what succeeded."""
+        if exited is None:
+            return None
         runner = effective_runner(self.box.settings, live.task.runner)
         if runner is None or not runner.limit_signs or exited.intent is not None or exited.signal is not None:
             return None
