@@ -47,7 +47,6 @@ class AttemptEnd(msgspec.Struct, frozen=True):
     attempt: int
     request: TaskRequest
     exited: Exited | None = None  # None: nobody knows how it ended
-    found: Found | None = None  # then: what it has left
     seen: Seen | None = None
     handed: list[Handed] = []
     keys: frozenset[str] = frozenset()  # handed over earlier, while it ran
@@ -57,6 +56,7 @@ class AttemptEnd(msgspec.Struct, frozen=True):
     check_detail: str | None = None
     undeclared: Undeclared | None = None  # where the runner has check_writes
     limit: Limit | None = None  # the agent said that its usage limit is reached
+    found: Found | None = None  # of a lost attempt: what it has left
 
 
 class Finished(msgspec.Struct, frozen=True):
