@@ -130,7 +130,7 @@ touch {tmp_path}/handed; sleep 300
     assert (evidence["stdout_bytes"], evidence["stderr_bytes"], evidence["work_files"]) == (3, 6, 1)
     assert told["started_at"] is not None
     assert told["duration_s"] > 0
-    assert [(line["key"], line["content"]) for line in box.entries("loser")] == [("reply.json", '{"n":1}\n')]
+    assert [(line["key"], line["content"]) for line in box.entries("loser")] == [("reply.json", {"n": 1})]
     said = json.dumps(box.show("loser")["outbox"])
     assert "half.txt" in said, said
     assert [
