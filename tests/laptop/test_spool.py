@@ -176,7 +176,6 @@ def test_a_conflict_found_by_a_flush_is_a_refused_task_that_the_laptop_shows(her
     assert here.ctl("wait", task_id).code == 125
     told = [line for line in here.box.completions() if line.get("task_id") == task_id]
     assert [line["status"] for line in told] == ["refused"]
-<<<<<<< HEAD
     assert told[0]["conflicts"] == [ONE_WRITES_W1]
     assert flushed.json[0]["refused"][0]["conflicts"] == [ONE_WRITES_W1]
     assert shown["conflicts"] == [ONE_WRITES_W1]
@@ -184,9 +183,7 @@ def test_a_conflict_found_by_a_flush_is_a_refused_task_that_the_laptop_shows(her
     here.link.down()  # what the box has said is known here too
     assert here.ctl("show", task_id, "--json").json["conflicts"] == [ONE_WRITES_W1]
     here.link.up()
-=======
     here.box.until_pullable(len(here.box.completions()))
->>>>>>> qc
     pulled = [json.loads(line) for line in here.ctl("pull").out.splitlines()]
     assert task_id in {row.get("task_id") for row in pulled}
     assert [item["state"] for item in here.ctl("spool", "list", "--json").json] == ["refused"]
