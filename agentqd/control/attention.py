@@ -69,9 +69,9 @@ def _supervisor(room: Room, status: dict[str, Any]) -> Iterator[Item]:
         text = f"the supervisor (pid {shown['pid']}) has not answered for {format_duration(shown['silent_s'])}; {silence_advice(shown['pid'])}"
         yield _item("error", text)
     if status["daemon"]["draining"]:
-        yield _item(
-            "warning", "draining: nothing new is accepted over the socket or started", "agentqctl drain --off"
-        )
+        since = f" since {status['daemon']['draining_since']}" if status["daemon"]["draining_since"] else ""
+        text = f"draining{since}: nothing new is accepted over the socket or started, until a person ends it"
+        yield _item("warning", text, "agentqctl drain --off")
 
 
 def _disk(room: Room, status: dict[str, Any]) -> Iterator[Item]:

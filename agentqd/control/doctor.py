@@ -48,7 +48,14 @@ async def _checks(room: Room) -> AsyncIterator[Check]:
     """In the order in which a person would look."""
     yield await _journal_writes(room)
     yield await asyncio.to_thread(_journal_whole, room.box.journal.path)
-    for found in (*_disk(room), *_queue_folder(room), *_supervisor(room), *_config(room), *_control(room)):
+    for found in (
+        *_disk(room),
+        *_queue_folder(room),
+        *_supervisor(room),
+        *_draining(room),
+        *_config(room),
+        *_control(room),
+    ):
         yield found
     for found in (*_inotify(), *_descriptors(), *await _clock(room), *await _sinks(room)):
         yield found
@@ -150,6 +157,13 @@ def _supervisor(room: Room) -> Iterator[Check]:
         yield check("supervisor", "warning", text, "systemctl restart agentqd-supervisor" if unit else None)
     else:
         yield check("supervisor", "ok", f"pid {link.welcome.pid}, version {link.welcome.version}")
+
+
+def _draining(room: Room) -> Iterator[Check]:
+    box = room.box
+    if box.draining:
+        text = f"since {format_time(box.draining_since_us)}: nothing new is accepted over the socket or started; a restart does not end it"
+        yield check("draining", "warning", text, "agentqctl drain --off")
 
 
 def _config(room: Room) -> Iterator[Check]:

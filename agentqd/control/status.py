@@ -131,6 +131,7 @@ def _daemon(room: Room) -> dict[str, Any]:
         "epoch": room.box.journal.epoch,
         "rss_bytes": rss_bytes(),
         "draining": room.box.draining,
+        "draining_since": format_time(room.box.draining_since_us),
         "state_dir": room.box.folders.state,
         "config": room.config_path,
     }

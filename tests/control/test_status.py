@@ -274,9 +274,20 @@ async def test_what_the_config_has_paused_is_resumed_there(daemon: Daemon) -> No
 
 
 async def test_drain_is_switched_on_and_off(daemon: Daemon) -> None:
-    assert await daemon.post("/v1/drain", {"on": True}) == {"draining": True}
+    begun = await daemon.post("/v1/drain", {"on": True})
+    assert begun["draining"]
     assert daemon.box.draining
-    assert await daemon.post("/v1/drain", {"on": False}) == {"draining": False}
+    assert await daemon.post("/v1/drain", {"on": True}) == begun, "the first word counts"
+    assert (await daemon.get("/v1/status"))["daemon"]["draining_since"] == begun["since"]
+    (check,) = [each for each in (await daemon.get("/v1/doctor"))["checks"] if each["name"] == "draining"]
+    assert (check["level"], check["fix"]) == ("warning", "agentqctl drain --off")
+    assert begun["since"] in check["message"]
+    for _ in range(2):
+        ended = await daemon.post("/v1/drain", {"on": False})
+        assert ended == {"draining": False, "since": None}
+    assert all(each["name"] != "draining" for each in (await daemon.get("/v1/doctor"))["checks"])
+    events = await daemon.journal.read(lambda c: c.execute("SELECT event FROM events").fetchall())
+    assert [name for (name,) in events] == ["draining_begun", "draining_ended"]
     for body in ({}, {"on": 1}, {"on": True, "x": 1}):
         await daemon.fails("POST", "/v1/drain", 400, "invalid_request", json=body)
 
