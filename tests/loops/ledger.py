@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from agentqd.control.queues import _set_draining
 from agentqd.core.errors import IllegalTransition
@@ -41,7 +41,7 @@ class _Journal:
 
 
 class Ledger:
-    """One box. `begin` makes it new again."""
+    """One box, closed by `with`. `begin` makes it new again."""
 
     def __init__(self) -> None:
         self.connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=512)
@@ -49,6 +49,12 @@ class Ledger:
         self._tables = [
             row[0] for row in self.connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
         ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
 
     def begin(self, settings: Settings) -> None:
         for table in self._tables:
