@@ -116,12 +116,14 @@ def _sinks(status: dict[str, Any], seen: DeadSeen) -> Iterator[Item]:
         oldest = sink["oldest_pending_s"]
         if oldest is not None and oldest > UNDELIVERED_S:
             text = f"{_many(sink['pending'], 'delivery', 'deliveries')} to {name} not delivered, the oldest for {format_duration(oldest)}{why}"
+            if sink.get("left_alone_until"):
+                text += f"; it asked to be left alone until {sink['left_alone_until']}"
             yield _item("warning", text, _send_now(name, sink))
 
 
 def _send_now(name: str, sink: dict[str, Any]) -> str:
     """A test that arrives ends the rest of a sink; rows that have been tried are sent again at a person's word."""
-    if name in {COMPLETIONS, REJECTED} or sink.get("rate_limited"):
+    if name in {COMPLETIONS, REJECTED} or sink.get("rate_limited") or sink.get("left_alone_until"):
         return f"agentqctl outbox list --sink {quote(name)}"
     if sink["breaker"] in {"open", "half_open"}:
         return f"agentqctl sink test {quote(name)}"

@@ -123,6 +123,7 @@ async def test_a_sink_that_is_not_sent_to_is_named(daemon: Daemon, health: dict[
         ({"breaker": "closed"}, "outbox retry ALL --sink hook --state retryable"),
         ({"breaker": "half_open"}, "sink test hook"),
         ({"breaker": "closed", "rate_wait_s": 9.0}, "outbox list --sink hook"),
+        ({"breaker": "closed", "left_alone_until": "2026-01-01T00:00:00.000Z"}, "outbox list --sink hook"),
     ],
 )
 @pytest.mark.parametrize("settings", [Settings(sinks={"hook": Sink(type="file", path="/x/y")})])
@@ -137,6 +138,7 @@ async def test_what_is_not_delivered_for_long_comes_with_what_sends_it_now(
     runner.health = lambda: health
     (item,) = [each for each in (await daemon.get("/v1/status"))["attention"] if "hook" in each["text"]]
     assert "not delivered, the oldest" in item["text"]
+    assert ("asked to be left alone until 2026" in item["text"]) is ("left_alone_until" in health)
     assert item["fix"] == f"agentqctl {fix}"
 
 
