@@ -21,6 +21,7 @@ OLDEST_SEEN_MAX: Final = 500
 ACTIVE_SEEN_MAX: Final = 1000
 LIMITED_SEEN_MAX: Final = 1000
 DEAD_SEEN_MAX: Final = 1000
+DELIVERED_SEEN_MAX: Final = 100_000  # of the newest entries, for one sink at a time
 
 TASK_COLUMNS: Final = (
     "seq, id, name, queue, runner, priority, state, result, reason, detail, run, attempt, run_attempts, submitted_at,"
@@ -75,6 +76,13 @@ NEWEST_DEAD: Final = (
     " LEFT JOIN tasks t ON t.seq = e.task_seq"
     " WHERE o.state IN ('held','dead') AND o.state = 'dead' ORDER BY o.entry_seq DESC LIMIT ?"  # the index's own condition
 )
+DEAD_SINCE: Final = (  # the newest word about each: its last try, or that it was set aside
+    "SELECT o.sink, max(o.created_at,"
+    " coalesce((SELECT max(t.at) FROM tries t WHERE t.entry_seq = o.entry_seq AND t.sink = o.sink), 0)) FROM outbox o"
+    " WHERE o.state IN ('held','dead') AND o.state = 'dead' ORDER BY o.entry_seq DESC LIMIT ?"
+)
+NEWEST_ENTRY: Final = "SELECT max(seq) FROM entries"
+DELIVERED_SINCE: Final = "SELECT 1 FROM outbox WHERE entry_seq > ? AND +sink = ? AND +state = 'delivered' AND delivered_at > ? LIMIT 1"
 OLDEST_OPEN: Final = (
     "SELECT min(created_at) FROM (SELECT created_at FROM outbox"
     " WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at IS NOT NULL ORDER BY due_at LIMIT ?)"
@@ -270,6 +278,20 @@ def dead_seen(connection: sqlite3.Connection) -> DeadSeen:
         else:
             reasons.setdefault(sink, reason)
     return DeadSeen(reasons, list(aside.values()), rows)
+
+
+def revived(connection: sqlite3.Connection) -> set[str]:
+    """The sinks with dead rows to which something was delivered since the newest of those died. Of very many entries only the
+    newest are looked at: a sink that is not among them is not known to work."""
+    died: dict[str, int] = {}
+    for sink, at in connection.execute(DEAD_SINCE, (DEAD_SEEN_MAX,)):
+        died[sink] = max(at, died.get(sink, 0))
+    floor = (connection.execute(NEWEST_ENTRY).fetchone()[0] or 0) - DELIVERED_SEEN_MAX
+    return {
+        sink
+        for sink, at in died.items()
+        if connection.execute(DELIVERED_SINCE, (floor, sink, at)).fetchone() is not None
+    }
 
 
 def oldest_open(connection: sqlite3.Connection, sink: str) -> int | None:
