@@ -12,6 +12,7 @@ from agentqd.control.room import Room
 from agentqd.core.routing import COMPLETIONS, REJECTED
 from agentqd.core.units import format_duration
 from agentqd.loops.link import silence_advice
+from agentqd.loops.notices import open_secrets
 
 US: Final = 1_000_000
 UNDELIVERED_S: Final = 300.0
@@ -38,6 +39,7 @@ def attention(room: Room, status: dict[str, Any], known: Journaled, now_us: int)
         *_disk(room, status),
         *_config(room),
         *_sinks(status, known.dead),
+        *_secrets(room),
         *_set_aside(known.dead),
         *_stuck(status, known.stopping_since, now_us),
         *_queues(room, status),
@@ -128,6 +130,13 @@ def _send_now(name: str, sink: dict[str, Any]) -> str:
     if sink["breaker"] in {"open", "half_open"}:
         return f"agentqctl sink test {quote(name)}"
     return f"agentqctl outbox retry ALL --sink {quote(name)} --state retryable"
+
+
+def _secrets(room: Room) -> Iterator[Item]:
+    for name, settings in room.box.settings.sinks.items():
+        for path in open_secrets(settings):
+            text = f"the secret file {path} of the sink {name} is open to every user of this machine"
+            yield _item("warning", text, f"chmod 600 {quote(path)}")
 
 
 def _set_aside(seen: DeadSeen) -> Iterator[Item]:

@@ -1,4 +1,5 @@
-"""Watch the work, not the processes: ready tasks that nobody starts, results that nobody gets, loops that stand still, disks that fill."""
+"""Watch the work, not the processes: ready tasks that nobody starts, results that nobody gets, loops that stand still, disks that fill,
+secrets that lie open."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from agentqd.core.task import read_task
 from agentqd.core.units import format_duration
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
+from agentqd.loops.notices import SecretWatch
 from agentqd.loops.supervision import Supervision
 from agentqd.storage import tasks as store
 from agentqd.storage.transaction import Transaction
@@ -26,6 +28,7 @@ class Liveness:
     def __init__(self, box: Box, supervision: Supervision) -> None:
         self.box = box
         self._supervision = supervision
+        self._secrets = SecretWatch(box)
         self._reserve = f"{box.folders.state}/.reserve"
 
     async def run(self) -> None:
@@ -36,6 +39,7 @@ class Liveness:
             await self._check_queues()
             await self._check_deliveries()
             await self._check_loops()
+            await self._secrets.look()
             await asyncio.sleep(_EVERY_S)
 
     def stalled(self) -> list[str]:

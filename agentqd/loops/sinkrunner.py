@@ -30,7 +30,7 @@ from agentqd.loops.backlog import Backlog, OrderedBacklog
 from agentqd.loops.box import Box, Signal
 from agentqd.loops.gate import Gate
 from agentqd.loops.marking import mark_for, mark_found
-from agentqd.loops.notices import tell_notices, tell_open_secrets
+from agentqd.loops.notices import tell_notices
 from agentqd.loops.recording import Answered, Recorder
 from agentqd.loops.sending import Unfit, send
 from agentqd.loops.sinkmemory import Kept, SinkMemory, Word
@@ -236,7 +236,6 @@ class SinkRunner:
             if found:
                 await self.box.journal.commit(functools.partial(mark_found, sink=self.name, found=found))
             self.is_open = True
-            tell_open_secrets(self.box, self.name, self.settings)
             return
 
     def _read_kept(self, connection: sqlite3.Connection) -> tuple[int, Kept]:
