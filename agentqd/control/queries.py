@@ -71,6 +71,8 @@ LIMITED_READY: Final = "SELECT id FROM tasks WHERE state = 'queued' AND queue = 
 PAUSED: Final = "SELECT queue, at FROM paused_queues"
 SPEC: Final = "SELECT spec FROM tasks WHERE seq = ?"
 ALERTS: Final = "SELECT type, at, delivery_id, payload FROM entries WHERE kind = 'alert' AND at >= ? ORDER BY at DESC LIMIT ?"
+TASK_NOW: Final = "SELECT state, result, attempt FROM tasks WHERE id = ?"
+ROW_NOW: Final = "SELECT o.state FROM entries e JOIN outbox o ON o.entry_seq = e.seq WHERE e.delivery_id = ? AND o.sink = ?"
 NEWEST_DEAD: Final = (
     "SELECT o.sink, o.last_error, e.kind, e.delivery_id, e.key, t.id FROM outbox o JOIN entries e ON e.seq = o.entry_seq"
     " LEFT JOIN tasks t ON t.seq = e.task_seq"
@@ -143,6 +145,14 @@ class Counts(NamedTuple):
 
     tasks: list[tuple[str, str, str, int]]  # queue, state, result (or ''), n
     outbox: list[tuple[str, str, int]]  # sink, state, n
+
+
+class AlertRow(NamedTuple):
+    type: str
+    sink: str | None
+    at: int
+    delivery_id: str
+    data: dict[str, Any]
 
 
 class AlertSeen(msgspec.Struct, frozen=True):
@@ -250,20 +260,14 @@ def written(connection: sqlite3.Connection, seq: int) -> Written:
     return _decode_written(row[0]) if row is not None else Written()
 
 
-def alerts_since(connection: sqlite3.Connection, since_us: int) -> list[AlertSeen]:
-    """The alerts since then by type and sink, newest first; of very many only the newest are counted."""
-    newest: dict[tuple[str, str | None], tuple[int, str, dict[str, Any]]] = {}
-    seen: dict[tuple[str, str | None], int] = {}
+def alerts_since(connection: sqlite3.Connection, since_us: int) -> list[AlertRow]:
+    """The alerts since then, newest first; of very many only the newest."""
+    found = []
     for type_, at, entry_id, payload in connection.execute(ALERTS, (since_us, ALERTS_SEEN_MAX)):
         data = _decode_envelope(payload).data if payload is not None else {}
         sink = data.get("sink")
-        about = (type_, sink if isinstance(sink, str) else None)
-        newest.setdefault(about, (at, entry_id, data))
-        seen[about] = seen.get(about, 0) + 1
-    return [
-        AlertSeen(type_, sink, at, entry_id, seen[type_, sink], data)
-        for (type_, sink), (at, entry_id, data) in newest.items()
-    ]
+        found.append(AlertRow(type_, sink if isinstance(sink, str) else None, at, entry_id, data))
+    return found
 
 
 def dead_seen(connection: sqlite3.Connection) -> DeadSeen:

@@ -24,6 +24,12 @@ _EVERY_S: Final = 5.0
 _OVERDUE_ROWS: Final = 200
 
 
+def stalled(box: Box) -> list[str]:
+    """Loops that have not turned for too long."""
+    now, most = box.clock.monotonic_s(), float(box.settings.alerts.stalled_loop)
+    return [name for name, at in box.beats.items() if now - at > most]
+
+
 class Liveness:
     def __init__(self, box: Box, supervision: Supervision) -> None:
         self.box = box
@@ -43,9 +49,7 @@ class Liveness:
             await asyncio.sleep(_EVERY_S)
 
     def stalled(self) -> list[str]:
-        """Loops that have not turned for too long."""
-        now, most = self.box.clock.monotonic_s(), float(self.box.settings.alerts.stalled_loop)
-        return [name for name, at in self.box.beats.items() if now - at > most]
+        return stalled(self.box)
 
     def _bucket(self) -> int:
         """Alerts that stay true are repeated, once in `alerts.repeat_every`."""
@@ -160,5 +164,7 @@ class Liveness:
             message = f"the loop {name} has not turned for more than {format_duration(float(self.box.settings.alerts.stalled_loop))}"
             key = f"{name}:{self._bucket()}"
             await self.box.journal.commit(
-                lambda tx, message=message, key=key: alert(tx, self.box, "stalled_loop", message, key=key)  # type: ignore[misc]
+                lambda tx, message=message, key=key, name=name: alert(
+                    tx, self.box, "stalled_loop", message, key=key, loop=name
+                )  # type: ignore[misc]
             )

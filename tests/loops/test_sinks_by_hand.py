@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from agentqd.control import queries
+from agentqd.control import alerts as alerts_seen
 from agentqd.core.limits import ALERTS_A_GROUP_MAX, ROWS_A_COMMIT
 from agentqd.core.outbox import RowEvent
 from agentqd.core.settings import Alerts, Settings, Sink
@@ -419,7 +419,9 @@ async def test_two_dead_sinks_do_not_tell_each_other_of_each_other_for_ever(
         assert (
             len(alerts) == 2
         )  # d1 is dead; so is the alert about it; that one is only kept, shown and logged
-        shown = await bench.journal.read(lambda c: queries.alerts_since(c, 0))  # what `status` reads
+        shown = await bench.journal.read(
+            lambda c: alerts_seen.grouped(alerts_seen.look(c, 0))
+        )  # what `status` reads
         assert {(each.type, each.sink, each.count) for each in shown} == {
             ("agentq.alert.dead_letter", "s", 1),
             ("agentq.alert.dead_letter", "other", 1),
