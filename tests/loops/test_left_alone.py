@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
 from agentqd.core.limits import LEFT_ALONE_MAX_S
@@ -155,6 +156,20 @@ async def test_a_peer_that_is_heard_of_lifts_it(bench: Bench, plug: Script) -> N
         assert SSH.peer is not None
         runner.hears_of(frozenset({SSH.peer}))
         await until_states(bench, delivered=2)
+
+
+@pytest.mark.parametrize("settings", [msgspec.structs.replace(SSH, lifetime=Duration(10))], indirect=True)
+async def test_a_peer_that_is_heard_of_lifts_it_when_no_row_waits_for_its_retry(bench: Bench, plug: Script) -> None:  # fmt: skip
+    """It asked for longer than the row lives: that one is dead, the others are held back."""
+    plug.answers = [busy(20.0)]
+    async with _running(bench) as runner:
+        await _put(bench, "d0")
+        await until_states(bench, dead=1)
+        await _put(bench, "d1")
+        await quiet(plug, 1)
+        assert SSH.peer is not None
+        runner.hears_of(frozenset({SSH.peer}))
+        await until_states(bench, dead=1, delivered=1)
 
 
 async def test_an_enabled_sink_goes_on_and_the_row_that_was_asked_to_wait_waits(bench: Bench, plug: Script) -> None:  # fmt: skip
