@@ -26,7 +26,7 @@ from agentqd.storage.transaction import Transaction
 from benchmarks.box import WAIT_S, Box, command_line
 from benchmarks.measure import Row, interleaved, percentile, summary
 
-FLOOD: Final = 20_000
+FLOOD: Final = 60_000
 DEAD: Final = 1000
 SLOW: Final = 1000
 SAMPLES: Final = 400  # at most: the flood is to last as long

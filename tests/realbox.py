@@ -192,6 +192,11 @@ class RealBox:
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log_text()[-4000:]}") from None
 
+    def until_pullable(self, count: int) -> None:
+        """Wait until so many lines can be pulled: one that is in the file is not yet marked in the journal."""
+        url = "/v1/completions?after=0&consumer=looks"
+        wait_for(f"{count} rows to pull", lambda: len(self.api("GET", url)[1]["rows"]) >= count)
+
     def rejected(self) -> list[dict[str, Any]]:
         path = self.state / "queue" / "rejected.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

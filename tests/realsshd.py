@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
-import random
 import secrets
 import shutil
 import signal
@@ -144,9 +143,9 @@ class RealSshd:
     def __init__(self, account: Account, lines: Sequence[str] = (), place: Place = LOOPBACK) -> None:
         self.account = account
         self.place = place
-        self.folder = Path(tempfile.mkdtemp(prefix="aq-sshd-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="aq-sshd-", dir="/tmp"))
         self.folder.chmod(0o755)
-        self.port = _free_port()
+        self.port, self._reserved = _reserve_port()
         self.lines = list(lines)
         self.client_key = self.folder / "client_key"
         self.host_key = self.folder / "host_key"
@@ -273,6 +272,7 @@ class RealSshd:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+        self._reserved.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -295,7 +295,7 @@ def real_sshd(
 def made_user() -> Iterator[Account]:
     """An ordinary user with a home of its own below /tmp, gone afterwards with its processes' homes."""
     name = f"aq{secrets.token_hex(4)}"
-    top = Path(tempfile.mkdtemp(prefix="aq-home-"))
+    top = Path(tempfile.mkdtemp(prefix="aq-home-", dir="/tmp"))
     top.chmod(0o755)
     home = top / "h"
     subprocess.run(["useradd", "-M", "-d", str(home), "-s", "/bin/sh", "-U", name], check=True)
@@ -361,12 +361,20 @@ def _descendants(roots: set[int]) -> set[int]:
     return found
 
 
-def _free_port() -> int:
+def _reserve_port() -> tuple[int, socket.socket]:
+    """A port that is free, and what keeps every other test on this machine from taking it while no sshd listens: a name
+    that one process can have. Not from `random`: pytest-randomly has every worker draw the same numbers."""
     while True:
-        port = random.choice(PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
+        port = secrets.choice(PORTS)
+        reserved = socket.socket(socket.AF_UNIX)
+        try:
+            reserved.bind(f"\0agentqd-test-port-{port}")
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            reserved.close()
+            continue
+        return port, reserved
 
 
 def _make_key(path: Path) -> None:

@@ -28,10 +28,15 @@ def for_each(call: Call, names: Sequence[str], act: Callable[[str], dict[str, An
             continue
         answers.append(answer)
         if not call.as_json:
-            call.out.line(f"{name}  {outcome(answer)}{_opened(answer)}")
+            call.out.line(f"{name}  {outcome(answer)}{_waits(answer)}{_opened(answer)}")
     if call.as_json:
         call.out.json(answers[0] if len(names) == 1 else answers)
     return exit_code
+
+
+def _waits(answer: dict[str, Any]) -> str:
+    """What a task that was to run again waits for."""
+    return f": {answer['message']}" if answer.get("state") == "blocked" and answer.get("message") else ""
 
 
 def _opened(answer: dict[str, Any]) -> str:
@@ -40,9 +45,9 @@ def _opened(answer: dict[str, Any]) -> str:
     return f"; runner {runner} is open again, its tasks start in their order" if runner else ""
 
 
-def act_on_tasks(call: Call, ids: Sequence[str], action: str) -> int:
+def act_on_tasks(call: Call, ids: Sequence[str], action: str, body: dict[str, Any] | None = None) -> int:
     """`POST /v1/tasks/ID/ACTION` for each."""
-    return for_each(call, ids, lambda task_id: call.box.connection.post("tasks", task_id, action))
+    return for_each(call, ids, lambda task_id: call.box.connection.post("tasks", task_id, action, body=body))
 
 
 def act_on_queue(call: Call, queue: str, action: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from agentqd.cli.outcome import outcome
+from agentqd.cli.outcome import in_the_way, outcome
 from agentqd.cli.verb import Call
 from agentqd.client.logs import LogReader
 from agentqd.client.patience import Patience, may_come_back
@@ -20,6 +20,8 @@ def say_end(call: Call, end: dict[str, Any]) -> None:
     call.out.line("  ".join(parts))
     if why := why_refused(end):
         call.out.lines(why, indent="  ", hang="  ")
+    for line in in_the_way(end.get("conflicts")):
+        call.out.lines(line, indent="  ", hang="    ")
 
 
 def why_refused(end: dict[str, Any]) -> str:

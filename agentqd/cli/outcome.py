@@ -30,3 +30,13 @@ def outcome_style(task: dict[str, Any]) -> str:
     if result:
         return RESULT_STYLES.get(str(result), "bad")
     return STATE_STYLES.get(str(task.get("state")), "")
+
+
+def in_the_way(conflicts: Any) -> list[str]:
+    """Whose claims a task has met, where there are several (of one its reason tells)."""
+    found = [each for each in conflicts if isinstance(each, dict)] if isinstance(conflicts, list) else []
+    return [
+        f"{each.get('task_id')} ({each.get('task')}) writes {each.get('path')}"
+        for each in found
+        if len(found) > 1
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from agentqd.cli.outcome import in_the_way
 from agentqd.cli.verb import Call
 from agentqd.client.errors import BoxUnreachable
 from agentqd.client.flush import Report, flush_spool, may_pass
@@ -34,6 +35,8 @@ def tell_report(call: Call, spool: Spool, report: Report) -> None:
         head, error = refused
         what = f"{head.id} ({head.name})" if head.name else f"the cancellation of {head.id}"
         call.out.note(f"agentqctl: {spool.box} has refused {what}: {error.message}")
+        for line in in_the_way(error.fields.get("conflicts")):
+            call.out.note(f"  {line}")
     if report.sent and call.out.is_terminal:
         call.out.note(f"{len(report.sent)} from the spool went to {spool.box}")
 
@@ -58,6 +61,8 @@ def say_view(call: Call, view: dict[str, Any]) -> None:
     else:
         out.line(f"refused ({view['reason']}) by {view['box']}, spooled here at {view['spooled_at']}")
         out.lines(str(view["detail"] or ""))
+        for line in in_the_way(view.get("conflicts")):
+            out.lines(line, indent="  ", hang="    ")
 
 
 def wait_for_end(
@@ -90,17 +95,17 @@ def wait_for_end(
                 raise
             view = spooled_view(call.spool, task_id)
             if view is not None and view["state"] is not None:
-                names = ("id", "state", "result", "reason", "detail")
-                return {
-                    **{name: view[name] for name in names},
-                    "conflicts": [],
-                    "exit_code": None,
-                    "finished": True,
-                }
+                return _end_of(view)
             if time.monotonic() >= unread_until:
                 raise
         time.sleep(wait_s if left_s is None else min(wait_s, left_s))
         wait_s = min(wait_s * 2, 1.0)
+
+
+def _end_of(view: dict[str, Any]) -> dict[str, Any]:
+    """Of a task that its box has refused."""
+    names = ("id", "state", "result", "reason", "detail", "conflicts")
+    return {**{name: view[name] for name in names}, "exit_code": None, "finished": True}
 
 
 def until_sent(call: Call, spool: Spool, task_id: str, until: float | None) -> bool | None:

@@ -62,7 +62,9 @@ def _draw_daemon(out: Output, status: dict[str, Any]) -> None:
         parts.append("DRAINING")
     if isinstance(supervisor, dict):
         gone = "" if supervisor.get("connected", True) else ", not connected"
-        parts.append(f"supervisor pid {supervisor.get('pid')}{gone}")
+        silent_s = supervisor.get("silent_s")
+        silent = f", NO ANSWER for {duration(silent_s)}" if silent_s else ""
+        parts.append(f"supervisor pid {supervisor.get('pid')}{gone}{silent}")
     else:
         parts.append("no supervisor")
     out.line()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from agentqd.cli.outcome import RESULT_STYLES, STATE_STYLES, outcome, outcome_style
+from agentqd.cli.outcome import RESULT_STYLES, STATE_STYLES, in_the_way, outcome, outcome_style
 from agentqd.cli.output import Cell, Column, Output, Row
 from agentqd.cli.text import duration, local_time, moment, size
 
@@ -28,6 +28,8 @@ def _draw_facts(out: Output, task: dict[str, Any]) -> None:
         _fact(out, "waiting", f"{waiting.get('text') or waiting.get('reason') or ''}{until}")
     if not isinstance(waiting, dict) or task.get("detail") != waiting.get("text"):
         _fact(out, "detail", task.get("detail"))
+    for line in in_the_way(task.get("conflicts")):
+        _fact(out, "conflict", line)
     by = f"queue {task.get('queue')}, runner {task.get('runner')}, priority {task.get('priority', 0)}"
     run = f", run {task['run']}" if isinstance(task.get("run"), int) and task["run"] > 1 else ""
     _fact(out, "runs", by + run)

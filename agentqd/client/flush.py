@@ -162,7 +162,8 @@ class Flush:
             return True
         if answer.get("result") == "refused" and head.kind == "submit":
             code = str(answer.get("reason") or "refused")
-            refusal = AgentqError(str(answer.get("message") or code), code=code)
+            met = {"conflicts": answer["conflicts"]} if answer.get("conflicts") else {}
+            refusal = AgentqError(str(answer.get("message") or code), code=code, **met)
             refusal.exit_code = EXIT_REFUSED_FOR_NOW
             self._refuse(entry, head, body, refusal)
             return True

@@ -237,7 +237,10 @@ class Spool:
 
     def refuse(self, entry: Entry, head: Head, body: bytes, error: AgentqError) -> None:
         """Kept in `refused/` with the box's word, and no longer sent. Raises AgentqError."""
-        told = {"at": now_text(), **{name: error.as_json()[name] for name in ("error", "message")}}
+        said = error.as_json()
+        told = {"at": now_text()} | {
+            name: said[name] for name in ("error", "message", "conflicts") if name in said
+        }
         try:
             make_private_folder(self.refused_folder)
             draft = f"{self.refused_folder}/.{head.key}.draft"

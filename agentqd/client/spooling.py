@@ -234,6 +234,7 @@ def spooled_view(spool: Spool, task_id: str) -> Object | None:
         "result": "refused",
         "reason": error.get("error"),
         "detail": error.get("message"),
+        "conflicts": error.get("conflicts") or [],
         "finished_at": error.get("at"),
     }
     return {**_view(spool, refused[1]), "state": "finished", **said}

@@ -13,7 +13,9 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from agentqd.core.lifecycle import State
+from agentqd.loops.claiming import WRITE_CONFLICT
 from agentqd.storage.tasks import TaskRow
+from agentqd.storage.transaction import Transaction
 
 ALERTS_SEEN_MAX: Final = 1000
 PRIORITIES_SEEN_MAX: Final = 64
@@ -314,3 +316,14 @@ def last_position(connection: sqlite3.Connection) -> int:
 def acknowledged(connection: sqlite3.Connection, consumer: str) -> int:
     row = connection.execute(CONSUMER, (consumer,)).fetchone()
     return 0 if row is None else int(row[0])
+
+
+def conflicts_met(source: sqlite3.Connection | Transaction, task: TaskRow) -> list[dict[str, str]]:
+    """Whose claims a refused task has met, as its result tells them."""
+    if task.state is not State.FINISHED or task.reason != WRITE_CONFLICT:
+        return []
+    row = source.execute(RESULT_OF_RUN, (task.seq, task.run)).fetchone()
+    found: list[dict[str, str]] = (
+        [] if row is None else msgspec.json.decode(row[0])["data"].get("conflicts", [])
+    )
+    return found

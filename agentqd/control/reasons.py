@@ -15,13 +15,14 @@ import msgspec
 from agentqd.control import queries
 from agentqd.control.queries import Written
 from agentqd.control.room import Room
-from agentqd.core.lifecycle import Result, State
+from agentqd.core.lifecycle import ACTIVE_STATES, Result, State
 from agentqd.core.limits import AHEAD_SEEN_MAX, DEPENDENCIES_SHOWN, WAITING_REASONS_SEEN_MAX
 from agentqd.core.resolve import resolve
 from agentqd.core.retry import LOST_REQUEUES_MAX
 from agentqd.core.task import read_task
-from agentqd.core.units import format_time, parse_time_us
+from agentqd.core.units import format_duration, format_time, parse_time_us
 from agentqd.loops.claiming import WRITE_CONFLICT, in_line
+from agentqd.loops.link import silence_advice
 from agentqd.loops.scheduling import ready_reason, waiting_reason
 from agentqd.loops.unblocking import DEPENDENCY
 from agentqd.loops.usage_limits import USAGE_LIMIT
@@ -31,6 +32,7 @@ from agentqd.storage.runner_limits import RunnerLimit
 from agentqd.storage.tasks import TaskRow
 
 US: Final = 1_000_000
+SUPERVISOR_SILENT: Final = "supervisor_silent"
 _CONFLICTS_LOOKED_AT: Final = 20  # tasks of a list for which the claims in their way are looked up
 
 
@@ -44,6 +46,7 @@ class SeenWaiting(msgspec.Struct, frozen=True):
     depends_on: list[tuple[str, str, str | None]] = []
     conflicts: list[dict[str, str]] = []
     attempts_max: int = 1
+    silent_s: int = 0  # of an active task: so long its supervisor has not answered
     lost: int | None = None  # attempts of this run that were lost, if the last one was
 
 
@@ -56,12 +59,14 @@ class Looker:
         self._active = queries.active_by_queue(connection)
         self._limits = runner_limits.all_closed(connection, room.box.clock.now_us())
         self._paused_at = dict(connection.execute(queries.PAUSED).fetchall())
+        self._silent_s = room.parts.supervision.link.silent_s
         self._conflicts_left = _CONFLICTS_LOOKED_AT
 
     def look(self, task: TaskRow) -> SeenWaiting:
         waits = task.state in {State.QUEUED, State.BLOCKED, State.RETRYABLE}
         if not waits:
-            return SeenWaiting(self._active, self._limits, self._paused_at)
+            silent_s = self._silent_s if task.state in ACTIVE_STATES else 0
+            return SeenWaiting(self._active, self._limits, self._paused_at, silent_s=silent_s)
         attempts_max, lost = 1, None
         if task.state is State.RETRYABLE:
             request = read_task(store.spec_of(self._connection, task.seq)[0])
@@ -107,8 +112,10 @@ class Looker:
 
 
 def waiting_for(room: Room, task: TaskRow, written: Written, seen: SeenWaiting) -> dict[str, Any] | None:
-    """Why a waiting task waits; None for one that does not wait."""
+    """Why a waiting task waits, or that nobody answers for one that runs; None for one that goes on."""
     box = room.box
+    if task.state in ACTIVE_STATES:
+        return _silence(room, seen)
     full = seen.active.get(task.queue, 0) >= box.concurrency(task.queue)
     busy = full or sum(seen.active.values()) >= box.max_workers
     reason = waiting_reason(
@@ -127,6 +134,25 @@ def waiting_for(room: Room, task: TaskRow, written: Written, seen: SeenWaiting) 
         "until": format_time(_until(room, task, written, seen, reason)),
         "text": text,
         **facts,
+    }
+
+
+def _silence(room: Room, seen: SeenWaiting) -> dict[str, Any] | None:
+    """Its end would not be seen, nor does it begin if it has not begun."""
+    welcome = room.parts.supervision.link.welcome
+    if not seen.silent_s or welcome is None:
+        return None
+    since = format_time(room.box.clock.now_us() - seen.silent_s * US)
+    text = (
+        f"the supervisor (pid {welcome.pid}) has not answered for {format_duration(seen.silent_s)}, so nobody knows how it goes:"
+        f" {silence_advice(welcome.pid)}"
+    )
+    return {
+        "reason": SUPERVISOR_SILENT,
+        "until": None,
+        "text": text,
+        "since": since,
+        "supervisor_pid": welcome.pid,
     }
 
 

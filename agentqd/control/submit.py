@@ -11,11 +11,12 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from aiohttp import web
 
+from agentqd.control.queries import conflicts_met
 from agentqd.control.room import Room
 from agentqd.control.route import Call, Param, Route, answer
 from agentqd.core.errors import AgentqError, InvalidRequest, InvalidTask, RefusedForNow
@@ -38,12 +39,13 @@ _COUNT_WAITING: Final = (
 
 
 class Settled(NamedTuple):
-    """What became of a task; `result`, `reason` and `detail` of one that has ended."""
+    """What became of a task; the rest of one that has ended."""
 
     outcome: Accepted | Duplicate
     result: str | None
     reason: str | None
     detail: str | None
+    conflicts: Sequence[dict[str, str]] = ()
 
 
 async def submit(call: Call) -> web.StreamResponse:
@@ -86,7 +88,7 @@ def _said(room: Room, settled: Settled) -> web.Response:
     fresh = isinstance(outcome, Accepted)
     if fresh:
         room.box.log.info("task_accepted", task=outcome.task_id, state=outcome.state.value, door="socket")
-    said = {
+    said: dict[str, Any] = {
         "task_id": outcome.task_id,
         "state": outcome.state.value,
         "result": settled.result,
@@ -95,6 +97,8 @@ def _said(room: Room, settled: Settled) -> web.Response:
     }
     if settled.result == Result.REFUSED:
         said |= {"reason": settled.reason, "message": settled.detail}
+        if settled.conflicts:
+            said["conflicts"] = settled.conflicts
     return answer(said, 201 if fresh else 200)
 
 
@@ -148,11 +152,11 @@ def _decide(tx: Transaction, room: Room, candidate: Candidate) -> Settled | Agen
     if refusal is not None:
         raise refusal  # the unit's changes are undone
     task = store.get(tx, outcome.seq) if outcome.state is State.FINISHED else None
-    return Settled(outcome, None, None, None) if task is None else _settled(outcome, task)
+    return Settled(outcome, None, None, None) if task is None else _settled(tx, outcome, task)
 
 
-def _settled(outcome: Accepted | Duplicate, task: TaskRow) -> Settled:
-    return Settled(outcome, task.result, task.reason, task.detail)
+def _settled(tx: Transaction, outcome: Accepted | Duplicate, task: TaskRow) -> Settled:
+    return Settled(outcome, task.result, task.reason, task.detail, conflicts_met(tx, task))
 
 
 def _refused_before(tx: Transaction, candidate: Candidate) -> Settled | None:
@@ -161,7 +165,7 @@ def _refused_before(tx: Transaction, candidate: Candidate) -> Settled | None:
     task = store.find(tx, candidate.new.id) if b"spool" in candidate.new.source.encode() else None
     if task is None or task.result != Result.REFUSED or task.source != candidate.new.source:
         return None
-    return _settled(Duplicate(task.id, task.state, task.result), task)
+    return _settled(tx, Duplicate(task.id, task.state, task.result), task)
 
 
 def _refusal(tx: Transaction, room: Room, queue: str) -> RefusedForNow | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import msgspec
 from aiohttp import web
@@ -24,9 +24,11 @@ from agentqd.control.views import (
     settings_view,
     task_summary,
 )
-from agentqd.core.errors import NoSuchTask
+from agentqd.core.errors import InvalidRequest, NoSuchTask
+from agentqd.core.lifecycle import State
 from agentqd.core.limits import LIST_ROWS_MAX
 from agentqd.core.resolve import resolve
+from agentqd.core.settings import Conflict
 from agentqd.core.task import TASK_ID, read_task
 from agentqd.core.units import format_time
 from agentqd.loops import operations
@@ -36,7 +38,12 @@ from agentqd.storage.tasks import AttemptRow, TaskRow
 from agentqd.storage.transaction import Transaction
 
 EVENTS_SHOWN_MAX: Final = 1000
-_NO_BODY: Final = {"type": "object", "properties": {}}
+_NO_BODY: Final[dict[str, Any]] = {"type": "object", "properties": {}}
+_POLICIES: Final = get_args(Conflict)
+_RETRY_BODY: Final[dict[str, Any]] = {
+    "type": "object",
+    "properties": {"on_conflict": {"enum": list(_POLICIES)}},
+}
 _MISSING: Final = {404: "no_such_task"}
 _OF_TASK: Final = "WHERE e.task_seq = ? ORDER BY e.seq, o.sink LIMIT ?"
 
@@ -51,6 +58,7 @@ class Shown(msgspec.Struct):
     attempts: list[AttemptRow]
     rows: list[OutboxRow]
     events: list[tuple[int, int, str, str]]
+    conflicts: list[dict[str, str]]
 
 
 def task_id_of(call: Call) -> str:
@@ -78,6 +86,7 @@ def _read_shown(room: Room, connection: sqlite3.Connection, task_id: str) -> Sho
         attempts=store.attempts_of(connection, task.seq),
         rows=OutboxRow.fetch(connection, _OF_TASK, (task.seq, LIST_ROWS_MAX)),
         events=events[::-1],
+        conflicts=queries.conflicts_met(connection, task),
     )
 
 
@@ -95,6 +104,7 @@ async def show_task(call: Call) -> web.StreamResponse:
         {"seq": seq, "at": format_time(at), "event": event, "data": msgspec.json.decode(data)}
         for seq, at, event, data in shown.events
     ]
+    view["conflicts"] = shown.conflicts
     view["declared"] = declared_view(request)
     view["settings"] = settings_view(resolve(request, task.queue, task.runner, room.box.settings))
     return answer(view)
@@ -109,6 +119,7 @@ def _with_sizes(attempt: dict[str, Any]) -> dict[str, Any]:
 
 
 Unit = Callable[[Transaction, Room, str], TaskRow]
+Asked = Callable[[dict[str, Any]], Unit]  # from the body of the request
 
 
 def _cancel(tx: Transaction, room: Room, task_id: str) -> TaskRow:
@@ -123,13 +134,28 @@ def _release(tx: Transaction, room: Room, task_id: str) -> TaskRow:
     return operations.release(tx, room.box, task_id)
 
 
-def _retry(tx: Transaction, room: Room, task_id: str) -> TaskRow:
-    return operations.retry(tx, room.box, task_id)
+def _as_asked(unit: Unit) -> Asked:
+    """A verb that takes nothing but the id."""
+
+    def asked(body: dict[str, Any]) -> Unit:
+        known_fields(body, ())
+        return unit
+
+    return asked
 
 
-def _action(unit: Unit, *, says_run: bool = False) -> Handler:
+def _retry(body: dict[str, Any]) -> Unit:
+    """Raises InvalidRequest."""
+    known_fields(body, ("on_conflict",))
+    policy = body.get("on_conflict")
+    if policy is not None and policy not in _POLICIES:
+        raise InvalidRequest(f"on_conflict is one of {', '.join(_POLICIES)}", field="on_conflict")
+    return lambda tx, room, task_id: operations.retry(tx, room.box, task_id, policy)
+
+
+def _action(asked: Asked, *, says_run: bool = False) -> Handler:
     async def handler(call: Call) -> web.StreamResponse:
-        known_fields(await call.body(), ())
+        unit = asked(await call.body())
         room, task_id = call.room, task_id_of(call)
 
         def acted(tx: Transaction) -> tuple[TaskRow, str | None]:
@@ -140,17 +166,21 @@ def _action(unit: Unit, *, says_run: bool = False) -> Handler:
 
         task, opened = await room.box.journal.commit(acted)
         room.box.task_changed(task_id)
-        said = {"id": task.id, "state": task.state.value, "result": task.result}
+        said: dict[str, Any] = {"id": task.id, "state": task.state.value, "result": task.result}
         if opened is not None:
             said["runner_opened"] = opened
-        return answer({**said, "run": task.run} if says_run else said)
+        if says_run:
+            said["run"] = task.run
+            if task.state is State.BLOCKED:
+                said |= {"reason": task.reason, "message": task.detail}
+        return answer(said)
 
     return handler
 
 
-def _route(verb: str, summary: str, handler: Handler) -> Route:
+def _route(verb: str, summary: str, handler: Handler, body: dict[str, Any] = _NO_BODY) -> Route:
     more = {**_MISSING, 409: "illegal_transition"}
-    return Route("POST", f"/v1/tasks/{{id}}/{verb}", summary, handler, body=_NO_BODY, more_statuses=more)
+    return Route("POST", f"/v1/tasks/{{id}}/{verb}", summary, handler, body=body, more_statuses=more)
 
 
 ROUTES: Final = (
@@ -161,12 +191,13 @@ ROUTES: Final = (
         show_task,
         more_statuses=_MISSING,
     ),
-    _route("cancel", "End a task; a running worker is ended first.", _action(_cancel)),
-    _route("hold", "Keep a waiting task from starting.", _action(_hold)),
-    _route("release", "Undo a hold, or end a backoff.", _action(_release)),
+    _route("cancel", "End a task; a running worker is ended first.", _action(_as_asked(_cancel))),
+    _route("hold", "Keep a waiting task from starting.", _action(_as_asked(_hold))),
+    _route("release", "Undo a hold, or end a backoff.", _action(_as_asked(_release))),
     _route(
         "retry",
         "A new run of a finished task; of one that backs off, its next attempt now.",
         _action(_retry, says_run=True),
+        _RETRY_BODY,
     ),
 )

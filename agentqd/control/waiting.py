@@ -5,16 +5,13 @@ from __future__ import annotations
 import sqlite3
 from typing import Any, Final
 
-import msgspec
 from aiohttp import web
 
 from agentqd.control import queries
 from agentqd.control.route import Call, Param, Route, answer
 from agentqd.control.tasks import no_such_task, task_id_of
 from agentqd.core.lifecycle import State
-from agentqd.loops.claiming import WRITE_CONFLICT
 from agentqd.storage import tasks as store
-from agentqd.storage.tasks import TaskRow
 
 WAIT_MAX_S: Final = 3600
 _LOOK_AGAIN_S: Final = 5.0
@@ -49,21 +46,10 @@ def _end_of(connection: sqlite3.Connection, task_id: str) -> dict[str, Any] | No
         "result": task.result,
         "reason": task.reason,
         "detail": task.detail,
-        "conflicts": _conflicts(connection, task),
+        "conflicts": queries.conflicts_met(connection, task),
         "exit_code": code,
         "finished": finished,
     }
-
-
-def _conflicts(connection: sqlite3.Connection, task: TaskRow) -> list[dict[str, str]]:
-    """Whose claims a refused task has met, as its result tells them."""
-    if task.state is not State.FINISHED or task.reason != WRITE_CONFLICT:
-        return []
-    row = connection.execute(queries.RESULT_OF_RUN, (task.seq, task.run)).fetchone()
-    if row is None:
-        return []
-    found: list[dict[str, str]] = msgspec.json.decode(row[0])["data"].get("conflicts", [])
-    return found
 
 
 ROUTES: Final = (

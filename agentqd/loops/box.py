@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from agentqd.core.folders import Folders
+from agentqd.core.limits import LOOP_TURN_S, LOOP_WORK_S
 from agentqd.core.settings import Settings, slots_default
 from agentqd.storage.journal import Journal
 from agentqd.system.clock import Clock
+
+T = TypeVar("T")
 
 
 class Log(Protocol):
@@ -72,6 +75,11 @@ class Box:
     def max_workers(self) -> int:
         return self.settings.max_workers or slots_default()
 
+    @property
+    def rescan_s(self) -> float:
+        """How long a loop waits for inotify before it looks itself."""
+        return min(LOOP_TURN_S, float(self.settings.limits.rescan_every))
+
     def concurrency(self, queue: str) -> int:
         options = self.settings.queues.get(queue)
         return (options.concurrency if options else None) or slots_default()
@@ -79,6 +87,15 @@ class Box:
     def beat(self, loop: str) -> None:
         """A loop has done a turn of its work: feeds the watchdog and the stalled-loop alert."""
         self.beats[loop] = self.clock.monotonic_s()
+
+    async def working(self, loop: str, work: asyncio.Future[T]) -> T:
+        """What a thread does for a loop, awaited: the loop counts as turning, for ten minutes of it."""
+        for _ in range(int(LOOP_WORK_S / LOOP_TURN_S)):
+            self.beat(loop)
+            done, _ = await asyncio.wait([work], timeout=LOOP_TURN_S)
+            if done:
+                break
+        return await work
 
     def apply(self, settings: Settings) -> None:
         self.settings = settings

@@ -6,6 +6,7 @@ The rules are core/claims.py, the order and why it cannot lock up docs/intents.m
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 import msgspec
 
@@ -68,8 +69,11 @@ def warn(tx: Transaction, box: Box, task: TaskRow, met: Met) -> None:
     alert(tx, box, WRITE_CONFLICT, met.text(task.name), task=task, policy=met.policy, conflicts=met.told())
 
 
-def claim_again(tx: Transaction, box: Box, task: TaskRow, writes: Writes, policy: Conflict) -> None:
-    """A finished task is run again: its claim is made anew, at the end of the line, under the policy of today.
+def claim_again(
+    tx: Transaction, box: Box, task: TaskRow, writes: Writes, policy: Conflict, *, said: bool = False
+) -> None:
+    """A finished task is run again: its claim is made anew, at the end of the line, under the policy of today, or under that
+    which was `said` with the retry.
 
     Raises WriteConflict: refused, or it would wait for a task that waits for it.
     """
@@ -77,7 +81,8 @@ def claim_again(tx: Transaction, box: Box, task: TaskRow, writes: Writes, policy
     met = meet(tx, writes, policy, after, again=task.seq)
     if met.decision is Decision.REFUSE:
         raise WriteConflict(
-            f"write conflict: {met.text(task.name)}; nothing was changed; wait for the end of what is in the way, or cancel it, then retry",
+            f"write conflict: {met.text(task.name)}; nothing was changed; to wait in line for it:"
+            f" agentqctl retry {task.id} --on-conflict queue",
             conflicts=met.told(),
         )
     follower = follower_of(tx, task.seq)
@@ -90,7 +95,7 @@ def claim_again(tx: Transaction, box: Box, task: TaskRow, writes: Writes, policy
         )
     if met.strangers:
         tell(tx, task.id, task.name, met)
-    intents.claim(tx, task.seq, writes, policy)
+    intents.claim(tx, task.seq, writes, policy, said=said)
     if met.decision is Decision.WARN:
         warn(tx, box, task, met)
 
@@ -112,14 +117,13 @@ def waits_text(before: intents.Conflict) -> str:
 
 
 def followed(tx: Transaction, seq: int) -> bool:
-    """Does a task that has not ended come after this one?"""
+    """Does a task that has not ended come after this one, and still asks for it?"""
     return follower_of(tx, seq) is not None
 
 
 def follower_of(tx: Transaction, seq: int) -> str | None:
-    """The id of a task that comes after this one and has not ended."""
-    sql = "SELECT t.id FROM dependencies d JOIN tasks t ON t.seq = d.task_seq WHERE d.on_seq = ? AND t.state <> 'finished' LIMIT 1"
-    row = tx.one(sql, (seq,))
+    """The id of a task that comes after this one and has not ended; not one that had begun when this one was run again."""
+    row = tx.one(_FOLLOWER, (seq,))
     return None if row is None else str(row[0])
 
 
@@ -142,10 +146,16 @@ def _waits_for(tx: Transaction, seq: int, to: int) -> set[int]:
 
     A superset: whether it has its way clear already is not asked.
     """
-    sql = (
-        "SELECT d.on_seq FROM dependencies d JOIN tasks t ON t.seq = d.on_seq"
-        " WHERE d.task_seq = ? AND (t.state <> 'finished' OR t.seq = ?)"
-    )
-    found = {row[0] for row in tx.execute(sql, (seq, to))}
+    found = {row[0] for row in tx.execute(_ASKS_FOR, (seq, to))}
     mine = intents.claim_of(tx, seq)
     return found if mine is None else found | intents.holders(tx, mine.paths, mine.place)
+
+
+_FOLLOWER: Final = (
+    "SELECT t.id FROM dependencies d JOIN tasks t ON t.seq = d.task_seq"
+    " WHERE d.on_seq = ? AND t.state <> 'finished' AND d.heard_run IS NOT t.run LIMIT 1"
+)
+_ASKS_FOR: Final = (
+    "SELECT d.on_seq FROM dependencies d JOIN tasks t ON t.seq = d.on_seq JOIN tasks mine ON mine.seq = d.task_seq"
+    " WHERE d.task_seq = ? AND d.heard_run IS NOT mine.run AND (t.state <> 'finished' OR t.seq = ?)"
+)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+from collections import deque
 from typing import Any, Final
 
 import msgspec
@@ -17,11 +18,13 @@ import msgspec
 from agentqd.core.config_rules import effective_runner
 from agentqd.core.errors import JournalError
 from agentqd.core.lifecycle import ACTIVE_STATES
+from agentqd.core.limits import LOOP_TURN_S
 from agentqd.core.resolve import resolve
 from agentqd.core.task import read_task
 from agentqd.core.usage_limit import Limit, find_limit
 from agentqd.core.verdict import RESULT_GRACE
 from agentqd.loops import dropfolder, evidence, undeclared
+from agentqd.loops.box import Signal
 from agentqd.loops.execs import Execs
 from agentqd.loops.finishing import AttemptEnd, finish_attempt
 from agentqd.loops.live import Live, Workers
@@ -44,20 +47,23 @@ class Ends:
         self.live = workers.live
         self.execs = execs
         self._workers = workers
-        self._ends: asyncio.Queue[wire.Exited | AttemptEnd] = asyncio.Queue()
+        self._ends: deque[wire.Exited | AttemptEnd] = deque()
+        self._came = Signal()
 
     def put(self, end: wire.Exited | AttemptEnd) -> None:
         """As the supervisor told it, or as reconcile found it."""
-        self._ends.put_nowait(end)
+        self._ends.append(end)
+        self._came.set()
 
     async def finisher(self) -> None:
         """Take ends as they come; those that arrive together share file work and commit."""
         async with asyncio.TaskGroup() as slow:
             while True:
-                batch = [await self._ends.get()]
-                while not self._ends.empty() and len(batch) < _BATCH_MAX:
-                    batch.append(self._ends.get_nowait())
                 self.box.beat("finisher")
+                if not self._ends:
+                    await self._came.wait(LOOP_TURN_S)
+                    continue
+                batch = [self._ends.popleft() for _ in range(min(len(self._ends), _BATCH_MAX))]
                 quick = [item for item in batch if not self._is_slow(item)]
                 for item in batch:
                     if self._is_slow(item):
@@ -96,7 +102,8 @@ class Ends:
         if all(self._left_nothing(item) for _, item in ends):
             collected = [self._nothing_left(live, item) for live, item in ends]
         else:
-            collected = await loop.run_in_executor(self._workers.threads, self._collect, ends)
+            work = loop.run_in_executor(self._workers.threads, self._collect, ends)
+            collected = await self.box.working("finisher", work)
         ready = [await self._with_undeclared(await self._with_check(end)) for end in collected]
         failpoint("evidence_durable")
 
@@ -119,7 +126,9 @@ class Ends:
 
     def _left_nothing(self, item: wire.Exited | AttemptEnd) -> bool:
         """No output and empty folders, and nothing expected: nothing to read or fsync, no thread to be asked for it."""
-        if isinstance(item, AttemptEnd) or item.pid is None:
+        if isinstance(item, AttemptEnd):
+            return item.lost_reason is None
+        if item.pid is None:
             return True
         if item.stdout_bytes or item.stderr_bytes or self._is_slow(item):
             return False
@@ -165,17 +174,25 @@ class Ends:
                 if isinstance(item, AttemptEnd)
                 else AttemptEnd(item.task, item.attempt, live.request, item)
             )
-            spawned = end.exited is not None and end.exited.pid is not None
-            collected.append(self._look(live, end) if spawned else end)
+            if end.exited is None:
+                end = self._as_found(end)
+            began = end.found is not None if end.exited is None else end.exited.pid is not None
+            collected.append(self._look(live, end) if began else end)
         return collected
 
+    def _as_found(self, end: AttemptEnd) -> AttemptEnd:
+        """Nobody saw a lost attempt end; what it has left says when it began and what it wrote."""
+        found = evidence.look_around(self.box.folders.attempt(end.task_id, end.attempt))
+        return end if end.lost_reason is None else msgspec.structs.replace(end, found=found)
+
     def _look(self, live: Live, end: AttemptEnd) -> AttemptEnd:
-        exited = end.exited
-        assert exited is not None
+        exited, found = end.exited, end.exited or end.found
+        assert found is not None
         folder = self.box.folders.attempt(end.task_id, end.attempt)
-        how: dropfolder.How = "exited" if exited.signal is None and exited.intent is None else "killed"
+        by_itself = exited is not None and exited.signal is None and exited.intent is None
+        how: dropfolder.How = "exited" if by_itself else "killed"
         workdir = self._workdir(live)
-        asked = evidence.Asked(folder, workdir, end.request.expect, exited.stdout_bytes, exited.stderr_bytes)
+        asked = evidence.Asked(folder, workdir, end.request.expect, found.stdout_bytes, found.stderr_bytes)
         for left in range(_FSYNC_TRIES - 1, -1, -1):
             try:
                 most = int(self.box.settings.limits.entry_bytes_max)
@@ -200,8 +217,10 @@ class Ends:
                 )
         raise AssertionError("unreachable")
 
-    def _limit(self, live: Live, exited: wire.Exited, folder: str) -> Limit | None:
+    def _limit(self, live: Live, exited: wire.Exited | None, folder: str) -> Limit | None:
         """Did it fail because its runner's usage limit is reached? Never asked of what we ended, or of what succeeded."""
+        if exited is None:
+            return None
         runner = effective_runner(self.box.settings, live.task.runner)
         if runner is None or not runner.limit_signs or exited.intent is not None or exited.signal is not None:
             return None

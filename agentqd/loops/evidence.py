@@ -43,6 +43,32 @@ class Seen(msgspec.Struct, frozen=True):
 NOTHING: Final = Seen("", 0, (), [], artifacts_truncated=False, problems=[])
 
 
+class Found(msgspec.Struct, frozen=True):
+    """Of an attempt whose end nobody saw."""
+
+    started_at: int  # microseconds UTC: when its `started` got its name
+    stdout_bytes: int
+    stderr_bytes: int
+
+
+def look_around(folder: str) -> Found | None:
+    """None: it was never started."""
+    try:
+        started = os.stat(f"{folder}/started", follow_symlinks=False).st_ctime_ns // 1000
+    except OSError:
+        return None
+    return Found(started, _size(f"{folder}/stdout"), _size(f"{folder}/stderr"))
+
+
+def _size(path: str) -> int:
+    """0 for what is no regular file."""
+    try:
+        status = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+
 class Asked(msgspec.Struct, frozen=True):
     """What to look at."""
 

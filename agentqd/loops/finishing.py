@@ -23,7 +23,7 @@ from agentqd.loops.box import Box
 from agentqd.loops.claimorder import grant_those
 from agentqd.loops.dropfolder import Handed, record
 from agentqd.loops.endlog import log_attempt, log_end
-from agentqd.loops.evidence import Seen, as_json
+from agentqd.loops.evidence import Found, Seen, as_json
 from agentqd.loops.nextattempt import too_late, what_next
 from agentqd.loops.unblocking import candidates_after, request_of, unblock, what_blocks
 from agentqd.loops.undeclared import Undeclared
@@ -56,6 +56,7 @@ class AttemptEnd(msgspec.Struct, frozen=True):
     check_detail: str | None = None
     undeclared: Undeclared | None = None  # where the runner has check_writes
     limit: Limit | None = None  # the agent said that its usage limit is reached
+    found: Found | None = None  # of a lost attempt: what it has left
 
 
 class Finished(msgspec.Struct, frozen=True):
@@ -69,6 +70,9 @@ def finish_attempt(tx: Transaction, box: Box, end: AttemptEnd) -> Finished | Non
     if task is None or task.attempt != end.attempt or task.state not in ACTIVE_STATES:
         return None
     attempt = store.attempt_of(tx, task.seq, end.attempt)
+    if end.found is not None and attempt.started_at is not None:
+        found = msgspec.structs.replace(end.found, started_at=attempt.started_at)
+        end = msgspec.structs.replace(end, found=found)
     resolved = resolve(end.request, task.queue, task.runner, box.settings)
     sound = record(tx, box, task, end.request, end.attempt, end.handed)
     keys = {
@@ -113,7 +117,8 @@ def finish_attempt(tx: Transaction, box: Box, end: AttemptEnd) -> Finished | Non
 def _evidence(end: AttemptEnd, entries: int) -> Evidence:
     exited, seen = end.exited, end.seen
     if exited is None:
-        return Evidence(entries=entries)
+        wrote = end.found.stdout_bytes if end.found else 0
+        return Evidence(stdout_bytes=wrote, entries=entries, work_files=seen.work_files if seen else 0)
     began = exited.started_at or exited.ended_at
     return Evidence(
         stdout_bytes=exited.stdout_bytes,
@@ -144,7 +149,7 @@ def _close_attempt(
     tx: Transaction, task: TaskRow, attempt: AttemptRow, end: AttemptEnd, verdict: Verdict, evidence: Evidence
 ) -> dict[str, Any]:
     exited = end.exited
-    started = (exited.started_at if exited else None) or attempt.started_at
+    started = (exited.started_at if exited else None) or attempt.started_at or _began(end)
     ended = exited.ended_at if exited else tx.now_us
     if exited is not None and exited.pid is not None and attempt.pid is None:
         tx.event(
@@ -171,11 +176,15 @@ def _close_attempt(
     return said
 
 
+def _began(end: AttemptEnd) -> int | None:
+    return None if end.found is None else end.found.started_at
+
+
 def evidence_json(end: AttemptEnd, evidence: Evidence) -> dict[str, Any]:
     exited, seen = end.exited, end.seen
     data: dict[str, Any] = {
         "stdout_bytes": evidence.stdout_bytes,
-        "stderr_bytes": exited.stderr_bytes if exited else 0,
+        "stderr_bytes": exited.stderr_bytes if exited else end.found.stderr_bytes if end.found else 0,
         "entries": evidence.entries,
         "work_files": evidence.work_files,
     }
@@ -280,12 +289,13 @@ def withdraw_claim(tx: Transaction, box: Box, was: TaskRow) -> None:
     if task.attempt != was.attempt or task.state not in ACTIVE_STATES:
         return
     cancelled = store.attempt_of(tx, task.seq, task.attempt).intent == CANCELLED
+    why = "it was cancelled" if cancelled else "the supervisor went away"
     tx.execute("DELETE FROM attempts WHERE task_seq = ? AND attempt = ?", (task.seq, task.attempt))
     moved = store.move_task(
         tx,
         task,
         Event.CLAIM_WITHDRAWN,
-        said={"attempt": task.attempt, "reason": "the supervisor went away before it started"},
+        said={"attempt": task.attempt, "reason": f"{why} before it started"},
         attempt=task.attempt - 1,
         run_attempts=task.run_attempts - 1,
         reason=None,
@@ -323,7 +333,7 @@ def result_data(
 ) -> dict[str, Any]:
     """The data object of a result (design, Delivery)."""
     exited, seen = end.exited, end.seen
-    started = exited.started_at if exited is not None else None
+    started = exited.started_at if exited is not None else _began(end)
     ended = exited.ended_at if exited is not None else now_us
     data: dict[str, Any] = {
         "task_id": task.id,

@@ -46,7 +46,7 @@ class Handover:
         """inotify hints on the drop folders of running workers, and the slow rescan behind them."""
         while True:
             self.box.beat("handover")
-            hints = await self._workers.inotify.wait(float(self.box.settings.limits.rescan_every))
+            hints = await self._workers.inotify.wait(self.box.rescan_s)
             if isinstance(hints, Overflow) or not hints:
                 chosen = [live for live in self.live.values() if live.running is not None]
             else:

@@ -68,7 +68,7 @@ class Intake:
                 while await self._turn():
                     self.box.beat("intake")
             await self._maintain()
-            hints = await self.inotify.wait(float(self.box.settings.limits.rescan_every))
+            hints = await self.inotify.wait(self.box.rescan_s)
             if not self._watching or (not isinstance(hints, Overflow) and any(hint.gone for hint in hints)):
                 self._watch()
 

@@ -29,7 +29,9 @@ from agentqd.supervisor.procfs import read_process
 
 _RECONNECT_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _PING_EVERY_S: Final = 10.0
-_SILENT_PINGS: Final = 3  # so many without an answer are told
+_SILENT_PINGS: Final = (
+    3  # so many without an answer raise an alert; of a supervisor that a signal has stopped, one
+)
 
 
 class Link(asyncio.Protocol):
@@ -54,6 +56,8 @@ class Link(asyncio.Protocol):
         self._closed = asyncio.Event()
         self._pongs = 0
         self._unanswered = 0  # pings since the last answer
+        self._told = False  # of this silence
+        self._heard_s = 0.0  # when it last said something
         self.welcome: wire.Welcome | None = None
         self.refusal: str | None = None
 
@@ -62,9 +66,12 @@ class Link(asyncio.Protocol):
         return self.welcome is not None
 
     @property
-    def silent_s(self) -> float:
-        """How long a connected supervisor has answered nothing, once that is worth telling; else 0."""
-        return self._unanswered * _PING_EVERY_S if self._unanswered >= _SILENT_PINGS else 0.0
+    def silent_s(self) -> int:
+        """How long a connected supervisor has said nothing (at least 1), if a signal has stopped it or it has left a ping
+        unanswered until the next one; else 0."""
+        if self.welcome is None or (self._unanswered < 2 and not is_stopped(self.welcome.pid)):
+            return 0
+        return max(1, round(self._box.clock.monotonic_s() - self._heard_s))
 
     def send(self, message: wire.Request) -> None:
         """Raises SupervisorUnavailable without a welcomed connection; else it is on its way."""
@@ -109,7 +116,7 @@ class Link(asyncio.Protocol):
 
     async def _stay(self) -> None:
         """While the connection lives: a ping now and then proves that the other side still turns."""
-        self._unanswered = 0
+        self._unanswered, self._told = 0, False
         while not self._closed.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_PING_EVERY_S):
@@ -119,7 +126,9 @@ class Link(asyncio.Protocol):
                 continue
             if self._unanswered:
                 self._box.log.warning("supervisor_silent", seconds=self._unanswered * _PING_EVERY_S)
-            if self._unanswered == _SILENT_PINGS:
+            enough = 1 if is_stopped(self.welcome.pid) else _SILENT_PINGS
+            if self._unanswered >= enough and not self._told:
+                self._told = True
                 await self._tell_silence(self.welcome)
                 if not self.connected:
                     continue
@@ -194,6 +203,7 @@ class Link(asyncio.Protocol):
         except (msgspec.DecodeError, msgspec.ValidationError) as error:
             self._cut(f"a report that cannot be read: {error}")
             return
+        self._heard_s = self._box.clock.monotonic_s()
         if isinstance(report, wire.Welcome):
             self.welcome = report
             self._on_welcome(report)
@@ -202,6 +212,7 @@ class Link(asyncio.Protocol):
         elif isinstance(report, wire.Pong):
             self._pongs += 1
             self._unanswered = 0
+            self._told = False
         else:
             self._on_report(report)
 
@@ -224,10 +235,15 @@ class Link(asyncio.Protocol):
             self._transport.close()
 
 
+def is_stopped(pid: int) -> bool:
+    """By a signal; not by a debugger, which lets it go on by itself."""
+    process = read_process(pid)
+    return process is not None and process.state == "T"
+
+
 def silence_advice(pid: int) -> str:
     """What a person can do about a supervisor that does not answer."""
-    process = read_process(pid)
-    if process is not None and process.state in "Tt":
+    if is_stopped(pid):
         return f"it has been stopped by a signal: kill -CONT {pid} lets it go on"
     return f"if that lasts, kill -KILL {pid}: another one is started, and what runs now is lost (on_lost)"
 

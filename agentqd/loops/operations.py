@@ -7,6 +7,7 @@ from typing import Final
 from agentqd.core.errors import IllegalTransition, NoSuchTask
 from agentqd.core.lifecycle import ACTIVE_STATES, TABLE, Event, Result, State
 from agentqd.core.resolve import resolve
+from agentqd.core.settings import Conflict
 from agentqd.core.verdict import CANCELLED
 from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.box import Box
@@ -81,16 +82,17 @@ def release(tx: Transaction, box: Box, task_id: str) -> TaskRow:
     return store.get(tx, moved.seq)
 
 
-def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
+def retry(tx: Transaction, box: Box, task_id: str, on_conflict: Conflict | None = None) -> TaskRow:
     """A new run of a finished task: its attempts start anew, its result gets a new id, delivered keys are not sent again.
     Of a task that backs off, or waits for a usage limit: its next attempt now.
 
     Of the tasks that it comes after those that have ended have no say any more (a person's word); those that have not, have.
-    It claims its places anew, under the policy of today. Raises NoSuchTask, IllegalTransition (neither), WriteConflict.
+    It claims its places anew, under the policy of today, or under `on_conflict`, which then holds for this run.
+    Raises NoSuchTask, IllegalTransition (neither), WriteConflict.
     """
     task = must_find(tx, task_id)
     if task.state is not State.FINISHED:
-        return _now(tx, box, task)
+        return _now(tx, box, task, on_conflict)
     request = request_of(tx, task)
     resolved = resolve(request, task.queue, task.runner, box.settings)
     times = wake_times(request, resolved, tx.now_us)
@@ -98,7 +100,8 @@ def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
         tx,
         task,
         Event.RETRY_REQUESTED,
-        said={"run": task.run + 1, "was": task.result},
+        said={"run": task.run + 1, "was": task.result}
+        | ({"on_conflict": on_conflict} if on_conflict else {}),
         run=task.run + 1,
         run_attempts=0,
         run_at=tx.now_us,
@@ -108,15 +111,16 @@ def retry(tx: Transaction, box: Box, task_id: str) -> TaskRow:
         wake_at=next_wake_us([(at, what) for at, what in times if what != "expires"], tx.now_us),
     )
     tx.execute(_FORGET_ENDED, (task.seq,))
+    tx.execute(_HEARD, (task.seq,))
     writes = resolve_intents(request.writes_to or [], resolved.workdir)
-    claim_again(tx, box, moved, writes, resolved.on_conflict)
+    claim_again(tx, box, moved, writes, on_conflict or resolved.on_conflict, said=on_conflict is not None)
     reason, detail = what_blocks(tx, moved, request)
     if reason is not None:
         return store.move_task(tx, moved, Event.BLOCKED, reason=reason, detail=detail)
     return moved
 
 
-def _now(tx: Transaction, box: Box, task: TaskRow) -> TaskRow:
+def _now(tx: Transaction, box: Box, task: TaskRow, on_conflict: Conflict | None = None) -> TaskRow:
     """End a wait that only time would end. Raises IllegalTransition, saying what the task does instead."""
     if task.state is State.RETRYABLE:
         if task.reason == USAGE_LIMIT:
@@ -133,7 +137,7 @@ def _now(tx: Transaction, box: Box, task: TaskRow) -> TaskRow:
             detail=None,
             wake_at=wake,
         )
-        return reclaim(tx, box, moved)
+        return reclaim(tx, box, moved, on_conflict)
     if task.state is State.QUEUED and lift(tx, task.runner, "person"):
         return task
     raise _cannot(task)
@@ -164,4 +168,9 @@ def _instead(task: TaskRow) -> str:
 _FORGET_ENDED: Final = (
     "DELETE FROM dependencies WHERE task_seq = ?1 AND on_seq IN (SELECT t.seq FROM dependencies d"
     " JOIN tasks t ON t.seq = d.on_seq WHERE d.task_seq = ?1 AND t.state = 'finished')"
+)
+# Who comes after it and has begun its own run asks for it no more, or the two could wait for each other.
+_HEARD: Final = (
+    "UPDATE dependencies AS d SET heard_run = (SELECT run FROM tasks WHERE seq = d.task_seq) WHERE on_seq = ? AND EXISTS"
+    " (SELECT 1 FROM tasks t JOIN attempts a ON a.task_seq = t.seq AND a.run = t.run WHERE t.seq = d.task_seq AND t.state <> 'finished')"
 )

@@ -3,7 +3,7 @@
 What may be found after a crash at any instant, each in one transaction:
 1. The claim is there (it has not lapsed, or its task lives): nothing to do.
 2. The claim has lapsed, its task has not ended and has no process: it is made again, in its old place in the line and under the
-   task's own policy, in the very transaction that would make the task ready (`reclaim`). So no task of ours runs without the
+   policy, in the very transaction that would make the task ready (`reclaim`). So no task of ours runs without the
    claim that it declared.
 """
 
@@ -15,6 +15,7 @@ from agentqd.core.claims import Decision, decide
 from agentqd.core.lifecycle import Event, Result, State
 from agentqd.core.limits import CONFLICTS_TOLD_MAX, WAITERS_NAMED_MAX
 from agentqd.core.resolve import resolve
+from agentqd.core.settings import Conflict
 from agentqd.core.units import format_duration, format_time
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
@@ -105,15 +106,17 @@ def _live_claim(tx: Transaction, task: TaskRow) -> intents.Claim | None:
     return intents.claim_of(tx, task.seq) if as_seen and not intents.has_lapsed(tx, task.seq) else None
 
 
-def reclaim(tx: Transaction, box: Box, task: TaskRow) -> TaskRow:
-    """Part of the unit that has just made a task ready (or scheduled): if its claim has lapsed, it is made again.
+def reclaim(tx: Transaction, box: Box, task: TaskRow, word: Conflict | None = None) -> TaskRow:
+    """Part of the unit that has just made a task ready (or scheduled): if its claim has lapsed, it is made again, under the
+    task's policy of today, or under a person's `word` (now, or at the retry that began this run).
 
     `queue`: the task waits, blocked. `refuse`: it ends, refused. `warn`: it goes on, and that is alerted.
     """
     if task.run_attempts == 0 or not intents.has_lapsed(tx, task.seq):
         return task
-    policy = resolve(request_of(tx, task), task.queue, task.runner, box.settings).on_conflict
-    intents.make_again(tx, task.seq, policy)
+    said = word or intents.said_policy(tx, task.seq)
+    policy = said or resolve(request_of(tx, task), task.queue, task.runner, box.settings).on_conflict
+    intents.make_again(tx, task.seq, policy, said=said is not None)
     mine = intents.claim_of(tx, task.seq)
     assert mine is not None, "a claim that has lapsed is still there"
     before = intents.newest_before(tx, mine)

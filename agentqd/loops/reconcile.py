@@ -1,7 +1,8 @@
 """What the journal says is running against what the supervisor knows: at every Welcome, the same code after any crash.
 
 The cases, for each running task (crash-states: "A claim without a worker"):
-same instance    knows it running → adopted; ended → its end is taken; does not know it → `Run` is sent again
+same instance    knows it running → adopted; ended → its end is taken; does not know it, so has not begun with it → `Run` is sent
+                 again, or, if it was cancelled, the claim is withdrawn
 other instance   exit.json → the true end; no `started` in this boot → the claim is withdrawn; else `lost`, once no survivor is left
 """
 
@@ -42,7 +43,7 @@ async def reconcile(box: Box, supervision: Supervision, welcome: wire.Welcome) -
     lost: list[Row] = []
     counts = {"adopted": 0, "ended": 0, "sent_again": 0, "withdrawn": 0, "lost": 0}
     for row in rows:
-        task, attempt, request, spec, prompt = row
+        task, attempt, request, _, _ = row
         key = (task.id, task.attempt)
         if key in running:
             _adopt(supervision, task, attempt, request, running[key])
@@ -51,16 +52,12 @@ async def reconcile(box: Box, supervision: Supervision, welcome: wire.Welcome) -
             _end(supervision, task, request, exited[key])
             counts["ended"] += 1
         elif attempt.instance == welcome.instance:
-            supervision.launch(Claim(task, spec, prompt))
-            if attempt.intent is not None:
-                supervision.send_end(task.id, task.attempt, attempt.intent)
-            counts["sent_again"] += 1
+            counts[await _begin(box, supervision, row)] += 1
         elif (ended := _from_disk(box, task)) is not None:
             _end(supervision, task, request, ended)
             counts["ended"] += 1
         elif attempt.boot_id == welcome.boot_id and _never_started(box, task):
-            await box.journal.commit(lambda tx, row=row: withdraw_claim(tx, box, row[0]))  # type: ignore[misc]
-            supervision.live.pop(task.id, None)
+            await _withdraw(box, supervision, task)
             counts["withdrawn"] += 1
         else:
             lost.append(row)
@@ -96,6 +93,23 @@ def _adopt(
     if attempt.intent == CANCELLED and report.intent is None:
         supervision.send_end(task.id, task.attempt, CANCELLED)
     supervision.refresh_clocks(task.id)
+
+
+async def _begin(box: Box, supervision: Supervision, row: Row) -> str:
+    """This supervisor has not begun with it: what is done, as `counts` calls it."""
+    task, attempt, _, spec, prompt = row
+    if attempt.intent == CANCELLED:
+        await _withdraw(box, supervision, task)
+        return "withdrawn"
+    supervision.launch(Claim(task, spec, prompt))
+    if attempt.intent is not None:
+        supervision.send_end(task.id, task.attempt, attempt.intent)
+    return "sent_again"
+
+
+async def _withdraw(box: Box, supervision: Supervision, task: TaskRow) -> None:
+    await box.journal.commit(lambda tx: withdraw_claim(tx, box, task))
+    supervision.live.pop(task.id, None)
 
 
 def _end(supervision: Supervision, task: TaskRow, request: TaskRequest, ended: wire.Exited) -> None:

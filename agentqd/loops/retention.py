@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -64,7 +65,7 @@ class Retention:
         while True:
             await self._remove_left_over()
             aside, self._aside = self._aside, []
-            await asyncio.to_thread(setaside.remove, aside)
+            await self._work(setaside.remove, aside)
             for _ in range(int(_EVERY_S)):
                 self.box.beat("retention")
                 await asyncio.sleep(1.0)
@@ -83,6 +84,11 @@ class Retention:
             self._aside = [path for path, seq in left.items() if seq not in kept]
         except OSError as problem:  # it is found again at the next start, and must not hinder this one
             self.box.log.error("task_folders_set_aside", folder=self._aside_folder, error=str(problem))
+
+    async def _work(self, remove: Callable[[list[str]], None], paths: list[str]) -> None:
+        """In a thread: a folder may hold a million files."""
+        loop = asyncio.get_running_loop()
+        await self.box.working("retention", loop.run_in_executor(None, remove, paths))
 
     @property
     def _aside_folder(self) -> str:
@@ -111,8 +117,8 @@ class Retention:
             except _NotSetAside as problem:
                 self.box.log.error("retention_failed", error=str(problem))
                 return False
-            await asyncio.to_thread(setaside.remove, removed.folders)
-            await asyncio.to_thread(blobs.remove, removed.copies)
+            await self._work(setaside.remove, removed.folders)
+            await self._work(blobs.remove, removed.copies)
         more = await self.box.journal.commit(
             lambda tx: _EVENTS_STEP in (self._remove_events(tx), self._remove_conflicts(tx))
         )

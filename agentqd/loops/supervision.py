@@ -156,8 +156,9 @@ class Supervision:
         if live is None or live.task.attempt != report.attempt or error is None:
             self._ends.put(report)
         elif error.startswith(wire.NOT_STARTED):
-            self.scheduler.target = None  # for a moment: it would only be handed back again
-            asyncio.get_running_loop().call_later(1.0, self._claim_again)
+            if report.intent is None:
+                self.scheduler.target = None  # for a moment: it would only be handed back again
+                asyncio.get_running_loop().call_later(1.0, self._claim_again)
             del self.live[report.task]
             self._workers.submit(lambda tx: withdraw_claim(tx, self.box, live.task))
         elif error.startswith(wire.OTHER_INSTANCE):

@@ -23,7 +23,8 @@ from agentqd.storage.tasks import TaskRow
 from agentqd.storage.transaction import Transaction
 
 DEPENDENCY = "dependency"
-_BLOCKED: Final = "t.state = 'blocked' AND t.reason = 'dependency'"
+# One that waits for a place is looked at too: what it comes after may have been run again, and have failed this time.
+_BLOCKED: Final = "t.state = 'blocked' AND t.reason IN ('dependency', 'write_conflict')"
 _DEPENDENTS: Final = (
     f"SELECT d.task_seq FROM dependencies d JOIN tasks t ON t.seq = d.task_seq WHERE d.on_seq = ? AND {_BLOCKED}"  # noqa: S608 - fixed names
     " ORDER BY d.task_seq LIMIT ?"
@@ -52,8 +53,9 @@ def what_blocks(tx: Transaction, task: TaskRow, request: TaskRequest) -> tuple[s
     What waits for a place is noted with the claim before it, so that its end finds it (`candidates_after`).
     """
     rows = tx.execute(
-        "SELECT t.id, t.state, t.result FROM dependencies d JOIN tasks t ON t.seq = d.on_seq WHERE d.task_seq = ?",
-        (task.seq,),
+        "SELECT t.id, t.state, t.result FROM dependencies d JOIN tasks t ON t.seq = d.on_seq"
+        " WHERE d.task_seq = ? AND d.heard_run IS NOT ?",
+        (task.seq, task.run),
     ).fetchall()
     policy = request.after_policy or "success"
     open_ = [row[0] for row in rows if row[1] != State.FINISHED.value]

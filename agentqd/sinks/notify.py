@@ -266,14 +266,19 @@ def _load() -> None:
 
 
 def _apprise() -> Any:
+    _mute()  # it speaks while it is loaded
     module = importlib.import_module("apprise")
     be_brief()
+    _mute()  # whatever it has set up itself
+    return module
+
+
+def _mute() -> None:
     for name in _LOGGERS:
         logger = logging.getLogger(name)
         logger.handlers[:] = [_ears]
         logger.propagate = False
         logger.setLevel(logging.WARNING)
-    return module
 
 
 class _Ears(logging.Handler):

@@ -21,6 +21,15 @@ def connect(path: str) -> sqlite3.Connection:
     connection = sqlite3.connect(
         path, isolation_level=None, check_same_thread=False, cached_statements=256, timeout=10
     )
+    try:
+        _prepare(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: str) -> None:
     mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
     if mode != "wal":
         raise StateFolderError(
@@ -31,7 +40,6 @@ def connect(path: str) -> sqlite3.Connection:
     connection.execute("PRAGMA cache_size=-8192")
     connection.execute("PRAGMA temp_store=MEMORY")
     connection.execute("PRAGMA foreign_keys=OFF")
-    return connection
 
 
 def connect_reader(path: str) -> sqlite3.Connection:
@@ -76,8 +84,10 @@ def migrate(connection: sqlite3.Connection, path: str) -> None:
 
 def _migrations() -> dict[int, str]:
     folder = importlib.resources.files("agentqd.storage") / "migrations"
-    return {
-        int(item.name.split("_")[0]): item.read_text("utf-8")
-        for item in folder.iterdir()
-        if item.name.endswith(".sql")
-    }
+    found: dict[int, str] = {}
+    for item in folder.iterdir():
+        if item.name.endswith(".sql"):
+            number = int(item.name.split("_")[0])
+            assert number not in found, f"two migrations have the number {number}: one would never be made"
+            found[number] = item.read_text("utf-8")
+    return found

@@ -19,6 +19,7 @@ import msgspec
 
 from agentqd.core.intents import at_or_above, below, head, overlap
 from agentqd.core.limits import ANCESTORS_MAX
+from agentqd.core.settings import Conflict as Policy
 from agentqd.storage.transaction import Transaction
 
 _AT: Final = "SELECT place, task_seq, path FROM intents WHERE head = ? AND place < ? ORDER BY place"
@@ -29,8 +30,8 @@ _HOLDER: Final = "SELECT id, name FROM tasks WHERE seq = ?"
 _OUTSIDE_HOLDER: Final = "SELECT id, name FROM outside_claims WHERE seq = ?"
 _OF: Final = "SELECT place, policy, path FROM intents WHERE task_seq = ?"
 _INSERT: Final = (
-    "INSERT OR IGNORE INTO intents (task_seq, path, given, policy, claimed_at, expires_at, place, head)"
-    " VALUES (?,?,?,?,?,NULL,?,?)"
+    "INSERT OR IGNORE INTO intents (task_seq, path, given, policy, said, claimed_at, expires_at, place, head)"
+    " VALUES (?,?,?,?,?,?,NULL,?,?)"
 )
 _INSERT_CONFLICT: Final = (
     "INSERT INTO conflicts (at, task_id, name, path, other_id, other_path, policy) VALUES (?,?,?,?,?,?,?)"
@@ -130,12 +131,15 @@ def _conflict(source: Source, path: str, seq: int, claimed: str) -> Conflict:
     return Conflict(path, seq, row[0], row[1], claimed)
 
 
-def claim(tx: Transaction, task_seq: int, paths: list[tuple[str, str]], policy: str) -> None:
+def claim(
+    tx: Transaction, task_seq: int, paths: list[tuple[str, str]], policy: str, *, said: bool = False
+) -> None:
     """All of a task's paths at once, at the end of the line. `paths`: (resolved, as given)."""
     if paths:
         place = 1 + int(tx.one("SELECT coalesce(max(place), 0) FROM intents")[0])
         tx.executemany(
-            _INSERT, [(task_seq, path, given, policy, tx.now_us, place, head(path)) for path, given in paths]
+            _INSERT,
+            [(task_seq, path, given, policy, said, tx.now_us, place, head(path)) for path, given in paths],
         )
 
 
@@ -160,12 +164,19 @@ def has_lapsed(source: Source, task_seq: int) -> bool:
     return source.execute(sql, (task_seq,)).fetchone() is not None
 
 
-def make_again(tx: Transaction, task_seq: int, policy: str) -> None:
-    """A lapsed claim counts again, in its old place, under the policy of today."""
+def said_policy(source: Source, task_seq: int) -> Policy | None:
+    """What a person said at the retry that made this claim (`said`): it holds for as long as the claim does."""
+    sql = "SELECT policy FROM intents WHERE task_seq = ? AND said LIMIT 1"
+    row = source.execute(sql, (task_seq,)).fetchone()
+    return None if row is None else row[0]
+
+
+def make_again(tx: Transaction, task_seq: int, policy: str, *, said: bool = False) -> None:
+    """A lapsed claim counts again, in its old place, under this policy."""
     rows = tx.execute("SELECT path FROM intents WHERE task_seq = ?", (task_seq,)).fetchall()
     tx.executemany(
-        "UPDATE intents SET head = ?, expires_at = NULL, claimed_at = ?, policy = ? WHERE task_seq = ? AND path = ?",
-        [(head(path), tx.now_us, policy, task_seq, path) for (path,) in rows],
+        "UPDATE intents SET head = ?, expires_at = NULL, claimed_at = ?, policy = ?, said = ? WHERE task_seq = ? AND path = ?",
+        [(head(path), tx.now_us, policy, said, task_seq, path) for (path,) in rows],
     )
 
 

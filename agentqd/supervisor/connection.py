@@ -14,6 +14,7 @@ import socket
 
 from agentqd.supervisor.limits import (
     HELLO_LINE_BYTES_MAX,
+    LOOK_AHEAD_BYTES,
     PENDING_REPORT_BYTES_MAX,
     RECEIVE_BYTES,
     SEND_BYTES,
@@ -84,6 +85,14 @@ class Connection:
         del self._in[: end + 1]
         self._searched = 0
         return line
+
+    def ahead(self) -> bytes:
+        """What comes after the line that was taken last, as far as it has arrived. Takes nothing."""
+        try:
+            arrived = self.sock.recv(LOOK_AHEAD_BYTES, socket.MSG_PEEK)
+        except OSError:
+            arrived = b""
+        return bytes(self._in) + arrived
 
     def queue(self, line: bytes, *, whatever_size: bool = False) -> bool:
         """Have this sent at the next `flush`. False: the peer has not read for too long and is to be cut off."""

@@ -10,6 +10,7 @@ CONNECTIONS_MAX = 16
 HELLO_WITHIN_S = 10.0
 HELLO_LINE_BYTES_MAX = 64 * KIB
 RECEIVE_BYTES = 64 * KIB
+LOOK_AHEAD_BYTES = 512 * KIB  # more than the kernel keeps for a socket
 REQUESTS_A_TURN_MAX = 16  # then the loop looks at exits, deadlines and other connections again
 PENDING_REPORT_BYTES_MAX = 16 * MIB  # beyond a Welcome, which may be longer
 ACCEPT_PAUSE_S = 0.1  # after EMFILE and the like

@@ -9,9 +9,10 @@ What a `Run` finds, and what is answered (never a second start in any of them):
    "started by another instance ..." and `instance` set to that of the `started` file: differing from the Welcome's, it
    says "lost", which is the daemon's to decide. Nothing is written to disk and nothing is remembered for such an answer.
 4. A folder without `started`: a crash before the fork. Nothing ran in it; it is made anew and the attempt started.
-5. No folder: started. An error on the way: Exited with `error`, kept until Forget like any other end; exit.json too if
+5. Ended before it was started (survivors, or `End` right behind it): Exited with the error "not started: ..." and that intent.
+6. No folder: started. An error on the way: Exited with `error`, kept until Forget like any other end; exit.json too if
    `started` had been created.
-6. While the supervisor is leaving: Exited with the error "not started: ..."; nothing on disk, nothing remembered.
+7. While the supervisor is leaving: Exited with the error "not started: ..."; nothing on disk, nothing remembered.
 """
 
 from __future__ import annotations
@@ -143,12 +144,18 @@ class Registry:
             self._tell_again(task, number)
 
     def end(self, task: str, number: int, intent: str, after_s: float) -> None:
+        held = self._held.pop((task, number), None)
         waiting = self._deferred.pop((task, number), None)
         attempt = self._running.get((task, number))
         if attempt is not None:
             attempt.end_later(intent, after_s)
         elif waiting is not None:
-            self._context.tell(self._not_run(waiting[0], f"{NOT_STARTED}{intent} while survivors were ended"))
+            error = f"{NOT_STARTED}{intent} while survivors were ended"
+            self._context.tell(self._not_run(waiting[0], error, intent))
+        elif held is not None:
+            if held[2] is not None:
+                held[2].close()
+            self._context.tell(self._not_run(held[0], f"{NOT_STARTED}{intent} before that", intent))
         else:
             self._tell_again(task, number)
 
@@ -210,13 +217,14 @@ class Registry:
         self._context.log("warning", "spawn_failed", task=run.task[:80], attempt=run.attempt, error=error)
         self._record(exited, folder)
 
-    def _not_run(self, run: Run, error: str) -> Exited:
+    def _not_run(self, run: Run, error: str, intent: str | None = None) -> Exited:
         return Exited(
             task=run.task,
             attempt=run.attempt,
             instance=self._context.instance,
             boot_id=self._context.boot_id,
             ended_at=self._context.clock.now_us(),
+            intent=intent,
             error=error,
         )
 

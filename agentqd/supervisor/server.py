@@ -4,6 +4,7 @@ Invariants:
 1. One daemon at a time: the one with the highest epoch ever seen (in this instance's life).
 2. A newer Hello closes the older connection first; its lines that were not acted on are never acted on.
 3. Nothing that a connection sends, and no lack of descriptors, ends the loop or touches a worker.
+4. Nothing is started whose end has arrived with the order to start it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,19 @@ from agentqd.core.limits import WIRE_MESSAGE_BYTES_MAX
 from agentqd.supervisor import limits
 from agentqd.supervisor.connection import Connection, LineTooLongError
 from agentqd.supervisor.context import Context
-from agentqd.supervisor.wire import PROTOCOL, Hello, Refuse, Report, Request, Welcome, decode_request, encode
+from agentqd.supervisor.lookahead import end_ahead, starts_something
+from agentqd.supervisor.wire import (
+    PROTOCOL,
+    Go,
+    Hello,
+    Refuse,
+    Report,
+    Request,
+    Run,
+    Welcome,
+    decode_request,
+    encode,
+)
 from agentqd.system.peercred import peer_of
 
 _NO_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -47,6 +60,7 @@ class Server:
         self._connections: set[Connection] = set()
         self._backlog: set[Connection] = set()
         self._epoch_seen = -1
+        self._listens = False
         listener.setblocking(False)
         self._listen()
 
@@ -89,6 +103,7 @@ class Server:
 
     def _listen(self) -> None:
         self._context.selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._listens = True
 
     def _accept(self) -> None:
         try:
@@ -97,6 +112,7 @@ class Server:
             if problem.errno in _NO_ROOM:
                 self._context.log("error", "accept_failed", error=str(problem))
                 self._context.selector.unregister(self._listener)
+                self._listens = False
                 self._context.after(limits.ACCEPT_PAUSE_S, self._listen)
             return
         connection = Connection(sock)
@@ -159,8 +175,27 @@ class Server:
             self._hello(connection, request)
         elif connection.epoch is None:
             self._refuse(connection, "protocol", "the first message must be hello")
-        else:
+        elif not starts_something(request):
             self._act(request, self._context.clock.monotonic_s())
+        else:
+            self._start(connection, request)
+
+    def _start(self, connection: Connection, request: Go | Run) -> None:
+        """Unless that order counts no more: its daemon has been superseded, or has taken it back."""
+        if self._listens:
+            self._accept()
+        for newcomer in [each for each in self._connections if each.epoch is None]:
+            self._ready(newcomer)
+        if connection.closed:
+            return
+        now_s = self._context.clock.monotonic_s()
+        end = end_ahead(request, connection.ahead())
+        if end is None:
+            self._act(request, now_s)
+            return
+        if isinstance(request, Run):  # what is held and ended was never started, and that is answered
+            self._act(msgspec.structs.replace(request, hold=True), now_s)
+        self._act(end, now_s)
 
     def _hello(self, connection: Connection, hello: Hello) -> None:
         if hello.protocol != PROTOCOL:

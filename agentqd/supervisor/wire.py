@@ -4,7 +4,8 @@ Invariants:
 1. The daemon speaks first (`Hello`); the supervisor answers `Welcome` or `Refuse` and closes.
 2. A `Hello` with a newer epoch cuts off every older connection, and what that one had sent but was not yet
    acted on is thrown away. An equal or older epoch than one already seen is refused.
-3. `Run` is idempotent: an attempt already known (in memory, or by its `started` file) is never started again.
+3. `Run` is idempotent: an attempt already known (in memory, or by its `started` file) is never started again. One whose `End`
+   has arrived with it is not started; that is answered (`NOT_STARTED`, with the `intent`), and nothing is remembered.
 4. An ended attempt is kept (in memory and as `exit.json`) until `Forget`; it is told again at every `Welcome`.
 5. A `Run` with `hold` starts nothing and lets nothing run: it is forgotten with its connection unless `Go` came.
 6. Durations are seconds counted on the supervisor's own monotonic clock from the receipt of the message.

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from places import SHORT_TMP
 
 from .standin import SaysBytes, StandIn
 
@@ -106,7 +107,7 @@ class Ctl:
 
 @pytest.fixture
 def ctl() -> Iterator[Ctl]:
-    root = tempfile.mkdtemp(prefix="aqc-")  # short: a socket's path has 107 bytes
+    root = tempfile.mkdtemp(prefix="aqc-", dir=SHORT_TMP)  # short: a socket's path has 107 bytes
     for name in ("run", "state", "state/queue", "home"):
         os.makedirs(f"{root}/{name}", mode=0o700)
     yield Ctl(root)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 from aiohttp import web
+from budget import tries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -203,7 +204,7 @@ def test_a_body_is_read_whole_however_it_is_cut(chunks: list[bytes], piece: int,
             answer.read()
 
 
-@settings(max_examples=300)
+@settings(max_examples=tries(300))
 @given(
     data=st.binary(max_size=200) | st.binary(max_size=60).map(lambda tail: b"HTTP/1.1 200 OK\r\n" + tail),
     piece=st.integers(1, 50),

@@ -31,6 +31,7 @@ def test_the_units_pass_systemds_own_check(tmp_path: Path) -> None:
         made = installsync.sync_units(env, [str(program)], box)
         for name, text in made.items():
             (tmp_path / name).write_text(text)
+            (tmp_path / name).chmod(0o644)  # whatever the umask
         done = subprocess.run(
             [
                 "systemd-analyze",

@@ -79,7 +79,7 @@ def test_every_reading_verb_prints_one_json_value_with_json(
     assert done.err == ""
 
 
-@pytest.mark.parametrize("columns", [80, 120, 60])
+@pytest.mark.parametrize("columns", [80, *(pytest.param(n, marks=pytest.mark.slow) for n in (120, 60))])
 @pytest.mark.parametrize("verb", READING, ids=" ".join)
 def test_hostile_names_never_reach_the_terminal_and_every_line_fits(
     ctl: Ctl, daemon: StandIn, verb: list[str], columns: int

@@ -70,14 +70,14 @@ def test_every_option_reaches_the_task_that_the_daemon_would_accept(ctl: Ctl, da
     }  # fmt: skip
 
 
-def test_paths_are_made_absolute_from_the_callers_folder_and_writes_from_the_workdir(
+def test_paths_are_made_absolute_from_the_callers_folder_but_writes_below_a_workdir_stay_as_typed(
     ctl: Ctl, daemon: StandIn
 ) -> None:
     ctl("submit", "--workdir", "repo", "--writes", "src", "--writes", "/etc/x", "p")
     ctl("submit", "--writes", "src/*.py", "p")
     first, second = (body for _, body in daemon.requests(*SUBMIT))
     assert first["workdir"] == f"{ctl.root}/repo"
-    assert first["writes_to"] == [f"{ctl.root}/repo/src", "/etc/x"]
+    assert first["writes_to"] == ["src", "/etc/x"]  # as typed: the box takes it from the workdir
     assert "workdir" not in second
     assert second["writes_to"] == [f"{ctl.root}/src/*.py"]
 

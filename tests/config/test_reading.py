@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from budget import tries
 from hypothesis import HealthCheck, given, settings, strategies
 
 from agentqd.core.errors import ConfigError
@@ -200,7 +201,9 @@ _words = strategies.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=tries(300), suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     text=strategies.one_of(strategies.lists(_words, max_size=25).map("".join), strategies.text(max_size=60))
 )

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from places import SHORT_TMP
 
 from agentqd.core.settings import Settings
 
@@ -15,7 +16,7 @@ from .harness import Daemon
 @pytest.fixture
 def root() -> Iterator[Path]:
     """Short: a Unix socket's path has 107 bytes, and the client of these tests knows no way around."""
-    folder = Path(tempfile.mkdtemp(prefix="agentqd-"))
+    folder = Path(tempfile.mkdtemp(prefix="agentqd-", dir=SHORT_TMP))
     yield folder
     shutil.rmtree(folder)
 

@@ -198,6 +198,23 @@ async def test_hold_and_release_and_retry(daemon: Daemon) -> None:
     }
 
 
+async def test_a_retry_may_say_what_becomes_of_a_conflict_and_says_whom_it_waits_for(daemon: Daemon) -> None:
+    daemon.connect_supervisor()
+    again = await daemon.submit(id="again", writes_to=["/w"])
+    await daemon.end_task(again)
+    await daemon.submit(id="other", writes_to=["/w"])
+    door = f"/v1/tasks/{again}/retry"
+    for wrong in ({"on_conflict": "wait"}, {"on_conflict": ["queue"]}, {"policy": "queue"}):
+        await daemon.fails("POST", door, 400, "invalid_request", json=wrong)
+    refused = await daemon.fails("POST", door, 409, "write_conflict")
+    assert [each["task_id"] for each in refused["conflicts"]] == ["other"]
+    answer = await daemon.post(door, {"on_conflict": "queue"})
+    assert {name: answer[name] for name in ("state", "run", "reason")} == {"state": "blocked", "run": 2, "reason": "write_conflict"}  # fmt: skip
+    assert answer["message"].startswith("waits for other (")
+    await daemon.end_task("other")
+    assert (await daemon.get(f"/v1/tasks/{again}"))["state"] == "running"
+
+
 async def test_an_unknown_body_field_is_never_ignored(daemon: Daemon) -> None:
     task_id = await daemon.submit()
     await daemon.fails("POST", f"/v1/tasks/{task_id}/cancel", 400, "invalid_request", json={"force": True})

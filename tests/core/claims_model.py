@@ -23,6 +23,10 @@ class Task:
     result: str = ""
     place: int = 0  # in the line; 0: holds no claim
     warned: set[str] = field(default_factory=set)
+    declared: Conflict | None = None  # its own policy, where a retry has said another
+    starts: bool = False  # it runs as soon as it is active
+    begun: bool = False  # it has, in this run
+    heard: set[str] = field(default_factory=set)  # of `after`: its run had begun when they were run again
 
     @property
     def live(self) -> bool:
@@ -56,16 +60,24 @@ class Registry:
         self.settle()
         return task.result or task.state
 
-    def retry(self, name: str) -> str:
-        """blocked, active, refused or circle: the last two change nothing."""
+    def retry(self, name: str, word: Conflict | None = None) -> str:
+        """blocked, active, refused or circle: the last two change nothing. `word`: the policy of this run."""
         task = self.tasks[name]
         open_ = tuple(each for each in task.after if self.tasks[each].live)
-        again = replace(task, after=open_)
-        if decide(task.policy, strangers=bool(self.strangers(again))) is Decision.REFUSE:
+        again = replace(task, after=open_, policy=word or task.declared or task.policy, heard=set())
+        if decide(again.policy, strangers=bool(self.strangers(again))) is Decision.REFUSE:
             return "refused"
+        begun = [each for each in self.tasks.values() if each.live and each.begun]
+        hears = [each for each in begun if name in each.after and name not in each.heard]
+        for each in hears:
+            each.heard.add(name)
         if self._followed(task) and self._leads_back({*open_, *self._ahead(again, task)}, name):
+            for each in hears:
+                each.heard.discard(name)
             return "circle"
         task.after, strangers = open_, self.strangers(again)
+        task.declared, task.policy, task.heard = task.declared or task.policy, again.policy, set()
+        task.begun = False
         self._claim(task)
         task.warned = {other.id for other in strangers}
         task.state, task.result = "blocked", ""
@@ -94,7 +106,7 @@ class Registry:
                     continue
                 moved = True
                 if why is None:
-                    task.state = "active"
+                    task.state, task.begun = "active", task.starts
                 else:
                     task.state, task.result, task.place = "finished", "refused", 0
 
@@ -102,7 +114,7 @@ class Registry:
 
     def why(self, task: Task) -> str | None:
         """Why it waits."""
-        before = [self.tasks[name] for name in task.after]
+        before = [self.tasks[name] for name in task.after if name not in task.heard]
         failed = [each for each in before if each.state == "finished" and each.result != "success"]
         if task.after_policy == "success" and failed:
             return "dependency_failed"
@@ -162,7 +174,9 @@ class Registry:
         }
 
     def _followed(self, task: Task) -> bool:
-        return any(each.live and task.id in each.after for each in self.tasks.values())
+        return any(
+            each.live and task.id in each.after and task.id not in each.heard for each in self.tasks.values()
+        )
 
     def _leads_back(self, start: set[str], to: str) -> bool:
         ways, seen = list(start), set(start)
@@ -171,7 +185,11 @@ class Registry:
             if name == to:
                 return True
             task = self.tasks[name]
-            new = {each for each in task.after if each == to or self.tasks[each].live}
+            new = {
+                each
+                for each in task.after
+                if (each == to or self.tasks[each].live) and each not in task.heard
+            }
             new |= {each.id for each in self.overlapping(task) if task.place and each.place < task.place}
             ways += new - seen
             seen |= new

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from budget import tries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentqd.core.claims import Decision, decide, waits_behind
 from agentqd.core.intents import overlap
+from agentqd.core.settings import Conflict
 
 from .claims_model import Registry, Task
 
@@ -20,12 +22,14 @@ SUBMIT = st.tuples(
     st.sampled_from(["refuse", "queue", "queue", "warn"]),
     st.lists(st.integers(0, 9), max_size=2),
     st.sampled_from(["success", "any", "failure"]),
+    st.booleans(),
 )
 OTHER = st.tuples(
-    st.sampled_from(["end", "fail", "cancel", "hold", "release", "retry", "resubmit"]),
+    st.sampled_from(["end", "fail", "cancel", "hold", "lose", "release", "retry", "retry", "resubmit"]),
     st.integers(0, 99),
     SUBMIT,
 )
+WORDS: tuple[Conflict | None, ...] = (None, None, "refuse", "queue", "queue", "warn")
 HISTORY = st.lists(SUBMIT | OTHER, min_size=4, max_size=25)
 
 
@@ -51,10 +55,10 @@ class Player:
             self.check()
 
     def submit(self, name: str, step: Any) -> None:
-        _, paths, policy, after, after_policy = step
+        _, paths, policy, after, after_policy, starts = step
         names = [each for each in self.registry.tasks if each != name]
         wanted = dict.fromkeys(names[n % len(names)] for n in after) if names else {}
-        self.registry.submit(Task(name, paths, policy, tuple(wanted), after_policy))
+        self.registry.submit(Task(name, paths, policy, tuple(wanted), after_policy, starts=starts))
 
     def other(self, what: str, n: int, again: Any) -> None:
         registry = self.registry
@@ -64,10 +68,12 @@ class Player:
             registry.end(task.id, "cancelled")
         elif what == "hold" and (task := self.pick(n, "blocked")):
             registry.hold(task.id)
+        elif what == "lose" and (task := self.pick(n, "active")) and task.begun:
+            registry.hold(task.id)  # on_lost: hold
         elif what == "release" and (task := self.pick(n, "held")):
             registry.release(task.id)
         elif what == "retry" and (task := self.pick(n, "finished")):
-            registry.retry(task.id)
+            registry.retry(task.id, WORDS[n % len(WORDS)])
         elif what == "resubmit" and (task := self.pick(n, "finished")) and task.result == "refused":
             self.submit(task.id, again)
 
@@ -103,7 +109,7 @@ class Player:
             self.check()
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=tries(800))
 @given(HISTORY)
 def test_claims_never_overlap_unasked_never_lock_up_and_are_never_overtaken(history: list[Any]) -> None:
     player = Player()

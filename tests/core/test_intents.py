@@ -6,6 +6,7 @@ from functools import cache
 from itertools import product
 
 import pytest
+from budget import tries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +46,7 @@ GLOB = st.lists(st.sampled_from([*ALPHABET, "ab", "*", "?", "a*", "*b", "?a", "*
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=tries(400))
 @given(PLAIN | GLOB, PLAIN)
 def test_a_plain_path_meets_a_glob_exactly_where_both_can_cover_a_path(
     pattern: tuple[str, ...], plain: tuple[str, ...]
@@ -54,7 +55,7 @@ def test_a_plain_path_meets_a_glob_exactly_where_both_can_cover_a_path(
     assert overlap(_path(pattern), _path(plain)) == both
 
 
-@settings(max_examples=400)
+@settings(max_examples=tries(400))
 @given(GLOB, GLOB)
 def test_two_globs_that_can_meet_are_never_missed(left: tuple[str, ...], right: tuple[str, ...]) -> None:
     if any(_covers(left, path) and _covers(right, path) for path in WORLD):
@@ -141,7 +142,7 @@ def _spelt(pattern: list[list[str]]) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
-@settings(max_examples=300)
+@settings(max_examples=tries(300))
 @given(st.lists(NAME_GLOB, max_size=2), st.lists(NAME_GLOB, max_size=2))
 def test_patterns_with_sets_and_hidden_names_are_never_missed(
     left: list[list[str]], right: list[list[str]]
@@ -151,7 +152,7 @@ def test_patterns_with_sets_and_hidden_names_are_never_missed(
         assert overlap(one, other)
 
 
-@settings(max_examples=500)
+@settings(max_examples=tries(500))
 @given(PLAIN | GLOB | TEXT.map(lambda text: tuple(text.split("/"))), PLAIN | GLOB)
 def test_whatever_overlaps_is_found_by_the_heads(left: tuple[str, ...], right: tuple[str, ...]) -> None:
     one, other = (_path(tuple(part for part in parts if part)) for parts in (left, right))

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from budget import tries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -253,7 +254,7 @@ def test_any_json_is_a_checked_task_or_invalid(value: Any) -> None:
     _checked(json.dumps(value).encode())
 
 
-@settings(max_examples=400)
+@settings(max_examples=tries(400))
 @given(st.dictionaries(st.sampled_from(FIELD_NAMES), LIKELY | JSON, max_size=6))
 def test_any_values_of_known_fields_are_a_checked_task_or_invalid(fields: dict[str, Any]) -> None:
     _checked(json.dumps({**BASE, **fields}).encode())

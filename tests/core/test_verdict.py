@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
+from budget import tries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -118,7 +119,7 @@ EXPECT = st.builds(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=tries(500))
 @given(ENDED, EVIDENCE, EXPECT, st.booleans())
 def test_over_all_combinations_the_first_rule_wins(
     ended: Ended, evidence: Evidence, expect: Expect, allow: bool

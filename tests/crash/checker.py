@@ -69,15 +69,20 @@ def check_chain(box: RealBox) -> int:
 
 
 def check_sums(box: RealBox) -> None:
-    """The counted sums are what a count finds."""
-    counted = query(
-        box,
-        "SELECT queue, state, coalesce(result, ''), count(*) FROM tasks GROUP BY 1, 2, 3 ORDER BY 1, 2, 3",
-    )
-    kept = query(box, "SELECT queue, state, result, n FROM task_counts WHERE n != 0 ORDER BY 1, 2, 3")
-    assert counted == kept
-    rows = query(box, "SELECT sink, state, count(*) FROM outbox GROUP BY 1, 2 ORDER BY 1, 2")
-    assert rows == query(box, "SELECT sink, state, n FROM outbox_counts WHERE n != 0 ORDER BY 1, 2")
+    """The counted sums are what a count finds: in one snapshot, as the daemon lives."""
+    with journal(box) as connection:
+        connection.execute("BEGIN")
+        tasks, kept_tasks, rows, kept_rows = [
+            connection.execute(sql).fetchall()
+            for sql in (
+                "SELECT queue, state, coalesce(result, ''), count(*) FROM tasks GROUP BY 1, 2, 3 ORDER BY 1, 2, 3",
+                "SELECT queue, state, result, n FROM task_counts WHERE n != 0 ORDER BY 1, 2, 3",
+                "SELECT sink, state, count(*) FROM outbox GROUP BY 1, 2 ORDER BY 1, 2",
+                "SELECT sink, state, n FROM outbox_counts WHERE n != 0 ORDER BY 1, 2",
+            )
+        ]
+    assert tasks == kept_tasks
+    assert rows == kept_rows
 
 
 def check_folders(box: RealBox) -> None:

@@ -111,6 +111,25 @@ def is_gone(pid: int) -> bool:
         return True
 
 
+def has_died(pid: int) -> bool:
+    """Dead, or dying of a signal that was on its way when strace let go; then its end is waited for. (A process that is dying
+    looks alive for as long as a busy machine does not run it, and whoever attaches to it is told EPERM.)"""
+    if is_dying(pid):
+        wait_for(f"the end of {pid}", lambda: is_gone(pid))
+    return is_gone(pid)
+
+
+def is_dying(pid: int) -> bool:
+    """It is on its way out (PF_EXITING), or has a SIGKILL before it."""
+    try:
+        flags = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[6])
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    pending = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return bool(flags & 0x4) or any(mask & 1 << signal.SIGKILL - 1 for mask in pending)
+
+
 def needs_strace() -> str | None:
     """Why strace cannot be used here, or None."""
     if os.geteuid() != 0:

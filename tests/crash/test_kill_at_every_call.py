@@ -18,7 +18,7 @@ import pytest
 from realbox import RealBox, wait_for
 
 from crash.checker import Side, at_rest, check_all, check_once, wait_until_at_rest
-from crash.inject import MUTATING, Strace, count_calls, is_gone, kill_at, threads_of
+from crash.inject import MUTATING, Strace, count_calls, has_died, is_gone, kill_at, threads_of
 from crash.processes import daemon_died, holders, is_idle, reap_killed, start_supervisor, without_a_stock
 
 pytestmark = [pytest.mark.real, pytest.mark.root, pytest.mark.timeout(900)]
@@ -170,7 +170,8 @@ def kill_daemon_once(victim: Victim, role: str, call: str, when: int) -> bool:
     wait_for("the kill, or the end", lambda: daemon_died(box) or at_rest(box, name), 60)
     if not daemon_died(box) and wait_calm(box):
         strace.detach()
-    killed = daemon_died(box)
+    assert box.daemon is not None
+    killed = has_died(box.daemon.pid)
     if killed:
         strace.wait()
         reap_killed(box)
@@ -430,11 +431,12 @@ def kill_supervisor_once(
     strace = kill_at([pid], call, when, box.folder / "kill")
     name = append(victim)
     wait_for("the kill, or the end", lambda: is_gone(pid) or at_rest(box, name), 60)
-    if not is_gone(pid) and wait_calm(box):
+    let_go = not is_gone(pid) and wait_calm(box)
+    if let_go:
         strace.detach()
-    killed = is_gone(pid)
+    killed = has_died(pid)
     strace.wait()
-    if killed:
+    if killed and not let_go:
         assert any("killed by SIGKILL" in line for line in strace.lines()), strace.lines()[-3:]
     try:
         check(victim, name, killed)

@@ -27,7 +27,7 @@ async def test_an_append_is_told_within_milliseconds(watcher, tmp_path):
     with (tmp_path / "tasks.jsonl").open("ab") as file:
         file.write(b"{}\n")
     hints = await waiting
-    assert time.monotonic() - start < 0.5
+    assert time.monotonic() - start < 5  # a millisecond on a quiet machine; without a hint it is ten seconds
     assert {(hint.label, hint.name) for hint in hints} == {("queue", "tasks.jsonl")}
 
 

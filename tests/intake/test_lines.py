@@ -194,9 +194,9 @@ def test_a_suffix_that_is_no_valid_task_is_not_taken(suffix):
 )  # fmt: skip
 def test_a_mebibyte_of_hostile_bytes_costs_under_a_second_and_never_grows_quadratically(raw):
     def cost_s(content: bytes) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         split_glued(content)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     assert min(cost_s(raw + b"}") for _ in range(2)) < 1.0
     assert min(cost_s(raw + raw + b"}") for _ in range(2)) < 2.0

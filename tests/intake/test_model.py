@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections import Counter
 
+from budget import tries
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -232,5 +233,5 @@ class QueueFolderHistory(RuleBasedStateMachine):
 
 TestQueueFolderHistory = QueueFolderHistory.TestCase
 TestQueueFolderHistory.settings = settings(
-    max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=tries(100), stateful_step_count=30, suppress_health_check=list(HealthCheck)
 )

@@ -129,7 +129,7 @@ def one_laptop(
     place: Place = LOOPBACK,
 ) -> Iterator[OneLaptop]:
     """Everything in folders below /tmp with short names (sockets), gone afterwards."""
-    top = Path(tempfile.mkdtemp(prefix="aq-lap-"))
+    top = Path(tempfile.mkdtemp(prefix="aq-lap-", dir="/tmp"))
     top.chmod(0o755)
     account = account or current_account()
     try:

@@ -125,7 +125,9 @@ class World:
 
 @contextmanager
 def world(config: str | None = None, *, start: bool = True) -> Iterator[World]:
-    with tempfile.TemporaryDirectory(prefix="aql-") as root:  # short: a socket's path has 107 bytes
+    with tempfile.TemporaryDirectory(
+        prefix="aql-", dir="/tmp"
+    ) as root:  # short: a socket's path has 107 bytes
         folder = Path(root) / "b"
         folder.mkdir()
         with real_box(folder, config, start=start) as box:

@@ -127,18 +127,12 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def results_marked(world: World, count: int) -> None:
-    """Wait until so many rows can be pulled: a line in the file is not yet a marked one."""
-    url = "/v1/completions?after=0&consumer=looks"
-    wait_for(f"{count} rows", lambda: len(world.one.box.api("GET", url)[1]["rows"]) >= count)
-
-
 def big_file(world: World) -> None:
     """A task with a file whose transfer takes some seconds, finished."""
     world.one.box.append(
         {"task": "big", "prompt": script(world, "big", f"head -c {BIG_BYTES} /dev/urandom > big.bin")}
     )
-    results_marked(world, 1)
+    world.one.box.until_pullable(1)
 
 
 def fetched(to: Path) -> int:
@@ -219,7 +213,7 @@ def test_a_black_hole_in_the_middle_of_a_pull_and_of_a_submit_loses_and_doubles_
     world.one.ok("wait", answer["task_id"])
     assert counted.read_text().split() == [str(PROMPT_BYTES)]
     print(f"noticed after {noticed_s:.1f} s with {before} of {BIG_BYTES} bytes there")
-    results_marked(world, 2)
+    world.one.box.until_pullable(2)
     last = world.start(out, "pull", "--to", str(to))
     assert end(last, out, NOTICED_S) == (0, "")
     check_pulled_once(world, out, to)

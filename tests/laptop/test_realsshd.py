@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from realbox import wait_for
-from realsshd import Account, Laptop, RealSshd, chroot_folder, real_sshd
+from realsshd import PORTS, Account, Laptop, RealSshd, chroot_folder, real_sshd
 
 pytestmark = [pytest.mark.real, pytest.mark.sshd]
 
@@ -107,6 +107,14 @@ def test_a_chroot_with_nothing_but_sftp(ordinary_user: Account, tmp_path: Path) 
                 stdin=subprocess.DEVNULL,
             )
             assert b"uid=" not in refused.stdout
+
+
+def test_no_two_servers_have_the_same_port_even_while_none_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = iter([PORTS[7], PORTS[7], PORTS[7], PORTS[8]])
+    monkeypatch.setattr("random.choice", lambda _: next(draws))
+    monkeypatch.setattr("secrets.choice", lambda _: next(draws))
+    with real_sshd(start=False) as one, real_sshd(start=False) as other:
+        assert one.port != other.port
 
 
 def test_every_session_is_gone_after_the_test(tmp_path: Path) -> None:

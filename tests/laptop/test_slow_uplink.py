@@ -74,4 +74,4 @@ def test_a_small_body_that_is_not_answered_is_given_up_in_time(tmp_path: Path) -
         began = time.monotonic()
         with pytest.raises(AnswerLost):
             Connection(UnixTransport([server.path]), timeout_s=TIMEOUT_S).post_raw("tasks", body=b"{}")
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15

@@ -141,6 +141,25 @@ def test_a_refusal_that_is_waited_for_is_an_error_and_leaves_nothing_here(here: 
     assert here.ran() == []
 
 
+ONE_WRITES_W1 = {"task_id": "one", "task": "sleep 60", "path": "/tmp/w1"}
+
+
+def test_all_that_stood_in_the_way_of_a_spooled_task_is_named(here: World) -> None:
+    for name in ("one", "two"):
+        here.ctl("submit", "--id", name, "--task", name, "--writes", f"/tmp/w/{name}", "sleep 60")
+    here.link.down()
+    task_id = here.submit("late", "--writes", "/tmp/w").json["task_id"]
+    here.link.up()
+    flushed = here.ctl("flush")
+    lines = ["one (one) writes /tmp/w/one", "two (two) writes /tmp/w/two"]
+    assert [line.strip() for line in flushed.err.splitlines()][-2:] == lines
+    assert [line.strip() for line in here.ctl("wait", task_id).out.splitlines()][-2:] == lines
+    for line in lines:
+        assert line in here.ctl("show", task_id).out
+    here.link.down()
+    assert [line.strip() for line in here.ctl("show", task_id).out.splitlines()][-2:] == lines
+
+
 def test_a_conflict_found_by_a_flush_is_a_refused_task_that_the_laptop_shows(here: World) -> None:
     here.ctl("submit", "--id", "one", "--writes", "/tmp/w1", "sleep 60")
     here.link.down()
@@ -157,6 +176,14 @@ def test_a_conflict_found_by_a_flush_is_a_refused_task_that_the_laptop_shows(her
     assert here.ctl("wait", task_id).code == 125
     told = [line for line in here.box.completions() if line.get("task_id") == task_id]
     assert [line["status"] for line in told] == ["refused"]
+    assert told[0]["conflicts"] == [ONE_WRITES_W1]
+    assert flushed.json[0]["refused"][0]["conflicts"] == [ONE_WRITES_W1]
+    assert shown["conflicts"] == [ONE_WRITES_W1]
+    assert here.ctl("wait", task_id, "--json").json["conflicts"] == [ONE_WRITES_W1]
+    here.link.down()  # what the box has said is known here too
+    assert here.ctl("show", task_id, "--json").json["conflicts"] == [ONE_WRITES_W1]
+    here.link.up()
+    here.box.until_pullable(len(here.box.completions()))
     pulled = [json.loads(line) for line in here.ctl("pull").out.splitlines()]
     assert task_id in {row.get("task_id") for row in pulled}
     assert [item["state"] for item in here.ctl("spool", "list", "--json").json] == ["refused"]

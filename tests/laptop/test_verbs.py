@@ -192,7 +192,7 @@ def test_a_relative_path_is_an_error_that_says_where_paths_are(one: OneLaptop) -
         "--not-before",
         "2099-01-01T00:00:00Z",
     )
-    assert [claim["path"] for claim in one.json("writes")] == ["/tmp/sub"]
+    assert [(claim["path"], claim["given"]) for claim in one.json("writes")] == [("/tmp/sub", "sub")]
 
 
 def test_the_variable_names_the_box_and_an_option_beats_it(one: OneLaptop) -> None:
@@ -221,7 +221,7 @@ def test_wait_and_logs_outlast_a_restart_of_the_daemon(one: OneLaptop) -> None:
 
 def test_the_consumer_is_the_laptop(one: OneLaptop) -> None:
     one.ok("submit", "echo x", "--id", "t", "--wait")
-    wait_for("the line", one.box.completions)
+    one.box.until_pullable(1)
     assert json.loads(one.ok("pull"))["task_id"] == "t"
     assert one.ok("pull") == b""
     assert b'"t"' in one.here("pull").stdout, "the box's own consumer has not moved"
@@ -232,7 +232,7 @@ def test_the_consumer_is_the_laptop(one: OneLaptop) -> None:
 def test_all_boxes_at_once_and_an_absent_one_hides_none(one: OneLaptop) -> None:
     one.add("away", "ssh://nobody@127.0.0.1:1", "--state-dir", "/x")
     one.ok("submit", "echo x", "--id", "t", "--wait")
-    wait_for("the line", one.box.completions)
+    one.box.until_pullable(1)
     text = one.run("--box", "all", "status")
     assert text.returncode == 69
     assert text.stdout.startswith(b"== box ==\n")

@@ -6,15 +6,8 @@ from pathlib import Path
 import pytest
 
 from agentqd.core.settings import Settings
-from agentqd.storage import connection
 
 from .harness import Bench
-
-
-@pytest.fixture(autouse=True)
-def cold_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Growing the log by 8 MiB at each start makes commits fast for days; here it only costs."""
-    monkeypatch.setattr(connection, "_WAL_WARM_BYTES", 4096)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from agentqd.core.errors import IllegalTransition
 from agentqd.core.folders import Folders
@@ -39,7 +39,7 @@ class _Journal:
 
 
 class Ledger:
-    """One box. `begin` makes it new again."""
+    """One box, closed by `with`. `begin` makes it new again."""
 
     def __init__(self) -> None:
         self.connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=512)
@@ -47,6 +47,12 @@ class Ledger:
         self._tables = [
             row[0] for row in self.connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
         ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
 
     def begin(self, settings: Settings) -> None:
         for table in self._tables:

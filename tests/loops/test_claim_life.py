@@ -23,7 +23,7 @@ from agentqd.core.units import Duration
 from agentqd.loops.claimwatch import AWAY_S, ClaimWatch
 from agentqd.loops.lifesigns import has_process, last_sign_us
 from agentqd.loops.live import Live
-from agentqd.loops.operations import hold, release
+from agentqd.loops.operations import hold, release, retry
 from agentqd.loops.outside import Answer, OutsideClaims, Wish, ask
 from agentqd.loops.outside import release as let_go
 from agentqd.loops.reclaiming import Lapse, release_lapsed
@@ -154,6 +154,28 @@ async def test_a_task_whose_claim_has_lapsed_claims_again_under_its_policy_befor
         await bench.end("b")
         assert await bench.states("a") == ["running"]
     assert len(await bench.rows("SELECT 1 FROM conflicts WHERE task_id = 'a' AND other_id = 'b'")) == 1
+
+
+@pytest.mark.parametrize("word", ["at the retry", "at its end"])
+async def test_what_a_person_said_with_a_retry_outlasts_a_lapse(
+    bench: Bench, watch: ClaimWatch, word: str
+) -> None:
+    await into_backoff(bench, on_conflict="refuse", max_attempts=2)
+    if word == "at the retry":
+        bench.clock.advance(100)
+        await Waker(bench.box)._turn()
+        await bench.end("a", 1)
+        await bench.do(lambda tx: retry(tx, bench.box, "a", "queue"))
+        await bench.end("a", 1)
+    bench.clock.advance(10)
+    await watch.turn()
+    await second(bench)
+    assert await bench.states("a", "b") == ["retryable", "running"]
+    said: Any = "queue" if word == "at its end" else None
+    await bench.do(lambda tx: retry(tx, bench.box, "a", said))
+    assert await bench.states("a") == ["blocked"]
+    await bench.end("b")
+    assert await bench.states("a") == ["running"]
 
 
 async def test_one_that_claims_again_waits_for_the_holder_and_goes_before_those_that_wait(

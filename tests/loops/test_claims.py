@@ -8,16 +8,19 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import pytest
+from budget import tries
 from core.claims_model import Registry, Task
 
 from agentqd.core.errors import InvalidTask, WriteConflict
 from agentqd.core.lifecycle import Event, Result, State
 from agentqd.core.limits import CONFLICTS_TOLD_MAX
 from agentqd.core.settings import Defaults, Queue, Settings, Writes
+from agentqd.core.usage_limit import Limit
 from agentqd.loops import operations
 from agentqd.loops.admission import Accepted
 from agentqd.loops.finishing import finish_waiting
 from agentqd.loops.unblocking import candidates_after, request_of, what_blocks
+from agentqd.loops.usage_limits import lift
 from agentqd.loops.waking import Waker
 from agentqd.storage import intents
 from agentqd.storage.transaction import Transaction
@@ -25,7 +28,8 @@ from agentqd.storage.transaction import Transaction
 from .harness import SOCKET, Bench
 
 PATHS: Final = ("a", "a/b", "a/c", "d", "", "a/*", "d/**/x", "[ad]")
-HISTORIES: Final = int(os.environ.get("AGENTQD_HISTORIES", "80"))
+POLICIES: Final = ("refuse", "queue", "warn")
+HISTORIES: Final = int(os.environ.get("AGENTQD_HISTORIES", tries(80)))
 
 
 @pytest.fixture
@@ -77,6 +81,7 @@ class History:
             fields["writes_to"] = list(paths)
         if after:
             fields |= {"after": list(after), "after_policy": task.after_policy}
+        task.starts = fields["queue"] == "default"
         expected = self.model.submit(task)
         (outcome,) = await self.bench.admit(fields)
         if expected == "circle":
@@ -123,10 +128,11 @@ class History:
     async def retry(self) -> None:
         if not (task := self.pick("finished")):
             return
-        expected = self.model.retry(task.id)
+        word = self.draw.choice([None, None, *POLICIES])
+        expected = self.model.retry(task.id, word)
         refused = None
         try:
-            await self.bench.do(lambda tx: operations.retry(tx, self.bench.box, task.id))
+            await self.bench.do(lambda tx: operations.retry(tx, self.bench.box, task.id, word))
         except WriteConflict as error:
             refused = "circle" if "would have to wait" in error.message else "refused"
         assert refused == (expected if expected in {"refused", "circle"} else None)
@@ -403,6 +409,7 @@ def a_look(tx: Transaction) -> None:
     assert intents.conflicts_of(tx, ["/w/new", "/w/new/x/*.md"]) == []
 
 
+@pytest.mark.slow
 async def test_a_look_among_ten_thousand_claims_costs_what_it_costs_among_few(bench: Bench) -> None:
     await many(bench, 10, "/w/few{}")
     few = await steps_of(bench, a_look)
@@ -439,11 +446,78 @@ async def test_a_retry_that_could_wait_for_what_comes_after_it_names_that_task(b
     place: dict[str, Any] = {"writes_to": ["/w"], "on_conflict": "queue"}
     await bench.add(id="a", **place)
     await bench.end("a")
-    await bench.add(id="b", after="a", **place)
-    assert await bench.states("b") == ["running"]
+    await bench.add(id="b", after="a", queue="parked", **place)
+    assert await bench.states("b") == ["queued"]
     with pytest.raises(WriteConflict, match="if it were tried again: b comes after a") as refused:
         await bench.do(lambda tx: operations.retry(tx, bench.box, "a"))
     assert "cancel b" in refused.value.message
+
+
+async def test_a_retry_may_wait_for_what_comes_after_it_and_runs(bench: Bench) -> None:
+    await bench.connect()
+    await bench.add(id="a", writes_to=["/w"])
+    await bench.end("a")
+    await bench.add(id="b", after="a", writes_to=["/w"])
+    assert await bench.states("b") == ["running"]
+    with pytest.raises(WriteConflict, match="agentqctl retry a --on-conflict queue") as refused:
+        await bench.do(lambda tx: operations.retry(tx, bench.box, "a"))
+    assert refused.value.fields["conflicts"] == [{"task_id": "b", "task": "demo", "path": "/w"}]
+    moved = await bench.do(lambda tx: operations.retry(tx, bench.box, "a", "queue"))
+    assert (moved.state, moved.reason) == (State.BLOCKED, "write_conflict")
+    await bench.end("b")
+    assert await bench.states("a") == ["running"]
+
+
+@pytest.mark.parametrize("between", ["held", "backoff", "usage_limit"])
+async def test_a_task_that_has_begun_never_comes_to_wait_for_one_that_waits_for_it(
+    bench: Bench, between: str
+) -> None:
+    await bench.connect()
+    await bench.add(id="a", writes_to=["/w"])
+    await bench.end("a")
+    await bench.add(id="b", after="a", writes_to=["/w"], on_lost="hold", max_attempts=2, backoff=["1h"])
+    await bench.do(lambda tx: operations.retry(tx, bench.box, "a", "queue"))
+    if between == "held":
+        await bench.end("b", lost="supervisor_gone")
+    else:
+        limit = Limit("limit reached", bench.clock.now_us() + 3_600_000_000)
+        await bench.end("b", 1, limit=limit if between == "usage_limit" else None)
+        await bench.do(lambda tx: operations.hold(tx, "b"))
+    assert await bench.states("a", "b") == ["blocked", "held"]
+    await bench.do(lambda tx: operations.release(tx, bench.box, "b"))
+    await bench.do(lambda tx: lift(tx, "shell", "person"))
+    assert await bench.states("a", "b") == ["blocked", "running"]
+    await bench.end("b")
+    assert await bench.states("a") == ["running"]
+
+
+async def test_a_new_run_waits_for_the_new_run_of_what_it_comes_after_even_if_it_had_begun_before_that(
+    bench: Bench,
+) -> None:
+    await bench.connect()
+    await bench.add(id="a")
+    await bench.end("a")
+    await bench.add(id="b", after="a")
+    await bench.do(lambda tx: operations.retry(tx, bench.box, "a"))
+    await bench.end("b", 1)
+    await bench.do(lambda tx: operations.retry(tx, bench.box, "b"))
+    assert await bench.states("a", "b") == ["running", "blocked"]
+    await bench.end("a")
+    assert await bench.states("b") == ["running"]
+
+
+async def test_one_that_waits_for_a_place_ends_at_once_when_what_it_comes_after_fails_in_a_new_run(
+    bench: Bench,
+) -> None:
+    await bench.connect()
+    await bench.add(id="a")
+    await bench.end("a")
+    await bench.add(id="holder", writes_to=["/w"])
+    await bench.add(id="b", after="a", writes_to=["/w"], on_conflict="queue")
+    assert (await bench.task("b")).reason == "write_conflict"
+    await bench.do(lambda tx: operations.retry(tx, bench.box, "a"))
+    await bench.end("a", 1)
+    assert ((await bench.task("b")).result, (await bench.task("b")).reason) == ("refused", "dependency_failed")  # fmt: skip
 
 
 async def test_a_refused_claim_says_what_its_own_door_can_do(bench: Bench) -> None:
@@ -451,10 +525,24 @@ async def test_a_refused_claim_says_what_its_own_door_can_do(bench: Bench) -> No
     await bench.add(id="again", writes_to=["/w"])
     await bench.end("again")
     await bench.add(id="other", writes_to=["/w"])
-    with pytest.raises(WriteConflict) as refused:
+    with pytest.raises(WriteConflict, match="agentqctl retry again --on-conflict queue"):
         await bench.do(lambda tx: operations.retry(tx, bench.box, "again"))
-    assert "then retry" in refused.value.message
-    assert "on_conflict" not in refused.value.message  # retry has no such option
     (outcome,) = await bench.admit({"id": "new", "writes_to": ["/w"]}, door={"kind": "socket"})
     assert isinstance(outcome, WriteConflict)
     assert "--on-conflict queue" in outcome.message
+
+
+async def test_what_was_said_with_a_retry_counts_for_that_run_alone(bench: Bench) -> None:
+    await bench.connect()
+    await bench.add(id="a", writes_to=["/w"], on_conflict="queue")
+    await bench.end("a")
+    await bench.add(id="other", writes_to=["/w"])
+    with pytest.raises(WriteConflict):
+        await bench.do(lambda tx: operations.retry(tx, bench.box, "a", "refuse"))
+    await bench.do(lambda tx: operations.retry(tx, bench.box, "a", "warn"))
+    assert await bench.states("a") == ["running"]
+    assert len(await bench.alerts("write_conflict")) == 1
+    assert (await bench.rows("SELECT data FROM events WHERE event = 'retry_requested'"))[0][0].count('"on_conflict":"warn"') == 1  # fmt: skip
+    await bench.end("a")
+    await bench.do(lambda tx: operations.retry(tx, bench.box, "a"))
+    assert await bench.states("a") == ["blocked"]

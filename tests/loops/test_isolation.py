@@ -26,7 +26,7 @@ from .test_sinkrunner import many
 FLOOD = 20_000
 SAMPLES = 60
 SLOWER_MAX = 6
-SLOWER_MAX_S = 0.15  # beside: a machine that is busy with other tests
+SLOWER_MAX_S = 0.4  # beside: a machine that is busy with other tests
 
 
 @pytest.fixture
@@ -61,6 +61,7 @@ async def delivery_s(bench: Bench, path: Path, name: str) -> float:
     return time.perf_counter() - began
 
 
+@pytest.mark.slow
 async def test_a_dead_a_slow_and_a_flooded_sink_delay_no_healthy_one(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

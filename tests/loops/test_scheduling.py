@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from budget import tries
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -190,8 +191,7 @@ STEPS = st.lists(
 
 
 @settings(
-    max_examples=40,
-    deadline=None,
+    max_examples=tries(40),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.integers(1, 5), st.fixed_dictionaries({name: st.integers(1, 3) for name in "abc"}), STEPS)

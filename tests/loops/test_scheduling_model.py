@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from budget import tries
 
 from agentqd.core.errors import IllegalTransition
 from agentqd.core.lifecycle import ACTIVE_STATES, WAITING_STATES, Event, Result
@@ -21,7 +22,7 @@ from agentqd.storage import runner_limits
 
 from .ledger import US, Ledger
 
-HISTORIES = int(os.environ.get("AGENTQD_HISTORIES", "1000"))
+HISTORIES = int(os.environ.get("AGENTQD_HISTORIES", tries(1000)))
 QUEUES, RUNNERS = ("a", "b", "c"), ("claude", "codex")
 BACKOFF_S = 2
 WAITING = frozenset(state.value for state in WAITING_STATES)
@@ -504,23 +505,24 @@ def shrunk(ledger: Ledger, steps: list[Step]) -> list[Step]:
 
 @pytest.mark.parametrize("part", range(4))
 def test_random_histories_are_scheduled_as_the_plain_rules_say(part: int) -> None:
-    ledger = Ledger()
     base = int(os.environ.get("AGENTQD_HISTORIES_SEED", "0"))
-    for seed in range(base + part, base + HISTORIES, 4):
-        if failure(ledger, history(seed)) is not None:
-            least = shrunk(ledger, history(seed))
-            text = "\n".join(map(repr, least))
-            pytest.fail(f"history {seed}, as short as it gets:\n{text}\n{failure(ledger, least)}")
+    with Ledger() as ledger:
+        for seed in range(base + part, base + HISTORIES, 4):
+            if failure(ledger, history(seed)) is not None:
+                least = shrunk(ledger, history(seed))
+                text = "\n".join(map(repr, least))
+                pytest.fail(f"history {seed}, as short as it gets:\n{text}\n{failure(ledger, least)}")
 
 
+@pytest.mark.slow
 def test_the_histories_do_meet_what_they_are_made_for() -> None:
     """Claims, limits, dependencies, backoffs, holds: a model test in which nothing happens proves nothing."""
     seen: Counter[str] = Counter()
-    ledger = Ledger()
-    for seed in range(150):
-        assert failure(ledger, history(seed)) is None
-        seen.update(row[0] for row in ledger.connection.execute("SELECT event FROM events"))
-        seen.update(row[0] for row in ledger.connection.execute("SELECT 'ended: ' || coalesce(reason, 'success') FROM tasks"))  # fmt: skip
+    with Ledger() as ledger:
+        for seed in range(150):
+            assert failure(ledger, history(seed)) is None
+            seen.update(row[0] for row in ledger.connection.execute("SELECT event FROM events"))
+            seen.update(row[0] for row in ledger.connection.execute("SELECT 'ended: ' || coalesce(reason, 'success') FROM tasks"))  # fmt: skip
     for what in ("claimed", "attempt_ended", "attempt_held", "unblocked", "backoff_ended", "start_time_reached", "released", "retry_requested",
                  "runner_limited", "runner_limit_over", "runner_limit_lifted", "ended: dependency_failed", "ended: expires_at"):  # fmt: skip
         assert seen[what] >= 3, (what, seen)

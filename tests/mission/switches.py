@@ -84,10 +84,10 @@ SWITCHES: tuple[Switch, ...] = (
     _switch(16, "restarts::what_waits_outlives_both_sides", "loops/scheduling.py", "self.paused = frozenset(row[0] for row in rows)", "self.paused = frozenset()"),
     _switch(17, "consumers::enqueue_and_submit_work_while_the_daemon_is_off_and_pull_while_the_writer_is", "client/tasks.py", "queue.append([line])", "pass"),
     _switch(17, "spool::each_side_works_while_the_other_is_off", "client/tasks.py", "queue.append([line])", "pass", "client/spool.py", 'os.rename(draft, f"{self.folder}/{entry.file}")', "os.unlink(draft)"),
-    _switch(18, "queue_file::without_inotify_the_rescan_does_the_work", "loops/intake.py", "await self.inotify.wait(float(self.box.settings.limits.rescan_every))", "await self.inotify.wait(3600.0)"),
+    _switch(18, "queue_file::without_inotify_the_rescan_does_the_work", "loops/intake.py", "await self.inotify.wait(self.box.rescan_s)", "await self.inotify.wait(3600.0)"),
     _switch(19, "queue_file::a_line_starts_its_worker_within_milliseconds", *NO_WATCH),
     _switch(20, "clocks::an_idle_box_takes_next_to_nothing", "loops/liveness.py", "_EVERY_S: Final = 5.0", "_EVERY_S: Final = 0.002"),
-    _switch(21, "queue_file::a_line_starts_its_worker_within_milliseconds", "loops/intake.py", "hints = await self.inotify.wait(float(self.box.settings.limits.rescan_every))", "hints = await self.inotify.wait(float(self.box.settings.limits.rescan_every)); import asyncio; await asyncio.sleep(0.5)"),
+    _switch(21, "queue_file::a_line_starts_its_worker_within_milliseconds", "loops/intake.py", "hints = await self.inotify.wait(self.box.rescan_s)", "hints = await self.inotify.wait(self.box.rescan_s); import asyncio; await asyncio.sleep(2)"),
     _switch(22, "queue_file::half_a_line_waits_for_its_newline_and_then_runs_once", *HALF_LINES),
     _switch(23, "queue_file::a_bad_line_is_kept_told_alerted_and_can_be_sent_again_mended", "loops/rejection.py", '_add(tx, box, kept_id, "rejection", place, "agentq.line.rejected", kept, REJECTED)', "pass"),
     _switch(24, "consumers::nobody_pulls_and_all_tasks_run", *BACK_PRESSURE),
@@ -176,6 +176,7 @@ def broken_tree(switch: Switch) -> Iterator[Path]:
         shutil.copytree(ROOT / "tests" / "laptop", copy / "tests" / "laptop", ignore=ignored)
         for file in (
             "tests/conftest.py",
+            "tests/budget.py",
             "tests/realbox.py",
             "tests/realsshd.py",
             "tests/smtpserver.py",

@@ -76,16 +76,16 @@ sleep 300
 @pytest.mark.row(44)
 def test_a_worker_that_ignores_sigterm_is_killed_after_its_grace(box: RealBox) -> None:
     prompt = "trap '' TERM; echo ready; while :; do sleep 1; done"
-    box.append({"task": "deaf", "prompt": prompt, "run_timeout": "300ms", "kill_grace": "300ms"})
+    box.append({"task": "deaf", "prompt": prompt, "run_timeout": "1s", "kill_grace": "300ms"})
     told = box.result("deaf")
     assert (told["status"], told["signal"]) == ("timeout", signal.SIGKILL)
-    assert told["duration_s"] >= 0.6
+    assert told["duration_s"] >= 1.3
 
 
 @pytest.mark.row(44)
 def test_an_exit_0_after_our_signal_is_still_a_timeout(box: RealBox) -> None:
     prompt = "trap 'echo sorry; exit 0' TERM; echo ready; while :; do sleep 0.05; done"
-    box.append({"task": "polite", "prompt": prompt, "run_timeout": "400ms"})
+    box.append({"task": "polite", "prompt": prompt, "run_timeout": "1s"})
     told = box.result("polite")
     assert (told["status"], told["reason"]) == ("timeout", "run_timeout")
     assert told["stdout_tail"] == "ready\nsorry\n"
@@ -98,15 +98,15 @@ def test_a_warning_signal_comes_kill_grace_before_the_deadline(box: RealBox) -> 
         {
             "task": "warned",
             "prompt": prompt,
-            "run_timeout": "2s",
-            "kill_grace": "1500ms",
+            "run_timeout": "4s",
+            "kill_grace": "2500ms",
             "warning_signal": "SIGUSR1",
         }
     )
     told = box.result("warned")
     assert (told["status"], told["exit_code"]) == ("failed", 3)
     assert told["stdout_tail"] == "ready\nwarned\n"
-    assert told["duration_s"] < 2
+    assert told["duration_s"] < 4
 
 
 @pytest.mark.row(44)
@@ -135,13 +135,13 @@ def test_total_timeout_counts_over_waiting_and_retries(box: RealBox) -> None:
             "prompt": "echo x; exit 1",
             "max_attempts": 50,
             "backoff": ["200ms"],
-            "total_timeout": "1s",
+            "total_timeout": "2s",
         }
     )
     told = box.result("all")
     assert told["status"] in {"failed", "timeout"}
     attempts = box.show("all")["attempts"]
-    assert 2 <= len(attempts) <= 6
+    assert 2 <= len(attempts) <= 11
     box.submit(
         task="held", id="held", prompt="echo x", not_before="2099-01-01T00:00:00Z", total_timeout="300ms"
     )
@@ -162,7 +162,7 @@ def test_expires_at_ends_a_task_that_has_not_started(box: RealBox) -> None:
 
 @pytest.mark.row(44)
 def test_not_before_holds_a_task_until_its_time(box: RealBox) -> None:
-    at = time.time() + 2
+    at = time.time() + 3
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
     answer = box.submit(task="later", id="later", prompt="date +%s; sleep 0.1", not_before=when)
     assert answer["state"] == "scheduled"
@@ -225,10 +225,10 @@ def test_a_ready_task_that_nobody_starts_alerts(make_box: MakeBox) -> None:
 
 @pytest.mark.row(58)
 def test_a_timeout_raised_in_the_config_lets_a_running_worker_live(make_box: MakeBox, tmp_path: Path) -> None:
-    box = make_box("defaults: {run_timeout: 2s, kill_grace: 100ms}\n")
-    box.append({"task": "long", "id": "long", "prompt": f"echo $$ > {tmp_path}/pid; sleep 3; echo done"})
+    box = make_box("defaults: {run_timeout: 4s, kill_grace: 100ms}\n")
+    box.append({"task": "long", "id": "long", "prompt": f"echo $$ > {tmp_path}/pid; sleep 5; echo done"})
     worker = started(tmp_path / "pid")
-    assert box.show("long")["settings"]["run_timeout_s"] == 2
+    assert box.show("long")["settings"]["run_timeout_s"] == 4
     box.config.write_text("defaults: {run_timeout: 60s, kill_grace: 100ms}\n")
     told = box.result("long")
     assert (told["status"], told["stdout_tail"]) == ("success", "done\n")
@@ -294,7 +294,7 @@ def test_a_result_handed_in_does_not_replace_the_tasks_own_check(box: RealBox) -
 
 @pytest.mark.row(59)
 def test_processes_left_behind_are_ended_and_named(box: RealBox, tmp_path: Path) -> None:
-    prompt = f"setsid sh -c 'echo $$ > {tmp_path}/left; exec sleep 300' & sleep 0.3; echo done"
+    prompt = f"setsid sh -c 'echo $$ > {tmp_path}/left; exec sleep 300' & until [ \"$(cat /proc/$!/comm)\" = sleep ]; do sleep 0.02; done; echo done"
     box.append({"task": "messy", "id": "messy", "prompt": prompt})
     told = box.result("messy")
     assert told["status"] == "success"

@@ -33,6 +33,7 @@ def test_pulling_while_tasks_finish_loses_and_repeats_nothing(box: RealBox) -> N
     wait_for("60 results", lambda: len(box.results()) == 60)
     done.set()
     reader.join()
+    box.until_pullable(60)
     got += pulled(box)
     assert [row["seq"] for row in got] == list(range(1, 61))
     assert all(
@@ -44,6 +45,7 @@ def test_pulling_while_tasks_finish_loses_and_repeats_nothing(box: RealBox) -> N
 def test_pulled_is_worked_out_for_each_consumer_and_the_line_never_changes(box: RealBox) -> None:
     box.append({"task": "one", "prompt": "echo x"})
     box.result("one")
+    box.until_pullable(1)
     before = (box.state / "completions.jsonl").read_bytes()
     assert [row["pulled"] for row in pulled(box)] == [False]
     rows = box.api("GET", "/v1/completions?after=0")[1]["rows"]
@@ -66,6 +68,7 @@ def test_fifty_results_wait_for_hours_and_are_drained_in_order(box: RealBox) -> 
     wait_for("50 results", lambda: len(box.results()) == 50)
     box.kill()
     box.start()
+    box.until_pullable(50)
     first = pulled(box, "--limit", "20")
     rest = pulled(box)
     assert [row["seq"] for row in first + rest] == list(range(1, 51))
@@ -76,7 +79,7 @@ def test_fifty_results_wait_for_hours_and_are_drained_in_order(box: RealBox) -> 
 @pytest.mark.row(13, 28)
 def test_a_consumer_that_dies_before_it_has_put_rows_away_gets_them_again(box: RealBox) -> None:
     box.append(*({"task": f"t{n}", "prompt": "echo x"} for n in range(5)))
-    wait_for("5 results", lambda: len(box.results()) == 5)
+    box.until_pullable(5)
     command = [
         sys.executable,
         "-m",
@@ -95,7 +98,7 @@ def test_a_consumer_that_dies_before_it_has_put_rows_away_gets_them_again(box: R
 @pytest.mark.row(13)
 def test_an_offset_moves_forward_only_and_never_past_the_end(box: RealBox) -> None:
     box.append({"task": "one", "prompt": "echo x"}, {"task": "two", "prompt": "echo x"})
-    wait_for("2 results", lambda: len(box.results()) == 2)
+    box.until_pullable(2)
     assert box.api("POST", "/v1/consumers/laptop/ack", {"seq": 99})[1]["acknowledged"] == 2
     assert box.api("POST", "/v1/consumers/laptop/ack", {"seq": 1})[1]["acknowledged"] == 2
     box.kill()
@@ -118,6 +121,7 @@ def test_enqueue_and_submit_work_while_the_daemon_is_off_and_pull_while_the_writ
     box.start()
     box.result("by enqueue")
     box.result("by submit")
+    box.until_pullable(2)
     assert {row["name"] for row in pulled(box)} == {"by enqueue", "by submit"}
 
 
@@ -160,4 +164,5 @@ def test_the_completion_file_rotates_and_no_seq_is_used_twice(make_box: MakeBox)
     box.start()
     box.append({"task": "t6", "prompt": "echo x"})
     box.result("t6")
+    box.until_pullable(7)
     assert [row["seq"] for row in pulled(box)] == list(range(1, 8))

@@ -303,3 +303,70 @@ def test_a_stuck_supervisor_is_told_and_the_box_goes_on_when_it_wakes(box: RealB
         os.kill(supervisor, signal.SIGCONT)
     wait_for("21 ends", lambda: len(box.results()) == 21)
     assert {line["status"] for line in box.results().values()} == {"success"}
+
+
+def claimed_behind_a_stopped_supervisor(box: RealBox, tmp_path: Path, tasks: int) -> list[str]:
+    """Each would leave a mark."""
+    box.append({"task": "first", "prompt": "echo x"})
+    box.result("first")
+    os.kill(box.supervisor_pid(), signal.SIGSTOP)
+    wait_for("its stop", lambda: read_state(box.supervisor_pid()) == "T")
+    names = [f"t{n}" for n in range(tasks)]
+    for name in names:
+        box.submit(task=name, id=name, prompt=f"touch {tmp_path}/ran-{name}; sleep 100")
+        box.wait_state(name, "running")
+    return names
+
+
+def read_state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.row(60)
+@pytest.mark.parametrize("daemon", ["stays", "is killed after it", "is killed before it"])
+def test_a_task_cancelled_behind_a_stopped_supervisor_never_starts(
+    box: RealBox, tmp_path: Path, daemon: str
+) -> None:
+    names = claimed_behind_a_stopped_supervisor(box, tmp_path, 3)
+    if daemon == "is killed before it":
+        box.kill()
+        box.start()
+    for name in names[:2]:
+        assert box.ctl("cancel", name).returncode == 0
+        assert box.show(name)["state"] == "stopping"
+    if daemon == "is killed after it":
+        box.kill()
+        box.start()
+    os.kill(box.supervisor_pid(), signal.SIGCONT)
+    for name in names[:2]:
+        assert box.result(name)["status"] == "cancelled"
+        assert not (tmp_path / f"ran-{name}").exists()
+        assert box.show(name)["attempts"] == []
+    wait_for("the one that nobody cancelled", (tmp_path / "ran-t2").exists)
+
+
+@pytest.mark.row(60)
+def test_a_stopped_supervisor_is_told_of_each_task_that_runs_behind_it(box: RealBox, tmp_path: Path) -> None:
+    box.submit(task="runs", id="runs", prompt="sleep 100")
+    wait_for("its worker", lambda: box.show("runs")["pid"])
+    assert box.show("runs")["waiting_for"] is None
+    (waits,) = claimed_behind_a_stopped_supervisor(box, tmp_path, 1)
+    pid = box.supervisor_pid()
+    assert box.ctl("cancel", waits).returncode == 0
+    for name, state, reason in (("runs", "running", "supervisor_silent"), (waits, "stopping", "cancelled")):
+        shown = box.show(name)
+        told = shown["waiting_for"]
+        assert (shown["state"], shown["reason"], told["reason"], told["supervisor_pid"]) == (state, reason, "supervisor_silent", pid)  # fmt: skip
+        assert told["since"] <= time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 1))
+        assert f"kill -CONT {pid}" in told["text"]
+        assert f"the supervisor (pid {pid}) has not answered for".encode() in box.ctl("show", name).stdout
+    rows = [line.split(b"\t") for line in box.ctl("list", "--state", "running,stopping").stdout.splitlines()]
+    assert [b"supervisor" in row[5] for row in rows] == [True, True]
+    page = " ".join(box.ctl("status").stdout.decode().split())
+    assert f"supervisor pid {pid}, NO ANSWER for " in page
+    assert f"kill -CONT {pid}" in page.partition("agentqd ")[0]  # under what needs attention
+    os.kill(pid, signal.SIGCONT)
+    assert box.result(waits)["status"] == "cancelled"
+    shown = wait_for("an answer", lambda: box.show("runs") if not box.show("runs")["waiting_for"] else None)
+    assert (shown["state"], shown["reason"]) == ("running", None)
+    assert "NO ANSWER" not in box.ctl("status").stdout.decode()

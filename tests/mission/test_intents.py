@@ -140,8 +140,12 @@ def test_a_retry_claims_anew_and_meets_its_policy(box: RealBox, tmp_path: Path) 
     assert box.ctl("retry", "queue").returncode == 0
     shown = box.show("queue")
     assert (shown["state"], shown["reason"]) == ("blocked", "write_conflict")
+    waits = box.ctl("retry", "refuse", "--on-conflict", "queue")
+    assert waits.returncode == 0
+    assert waits.stdout.startswith(b"refuse  blocked: waits for queue (queue), which writes ")
     (tmp_path / "go").touch()
     wait_for("its second end", lambda: len(box.show("queue")["attempts"]) == 2)
+    wait_for("the end of the other", lambda: len(box.show("refuse")["attempts"]) == 2)
 
 
 @pytest.mark.row(66)
@@ -383,3 +387,17 @@ def test_a_claim_past_its_ttl_beside_a_live_worker_alerts_and_is_kept(box: RealB
     (told,) = wait_for("the alert", lambda: box.alerts("claim_expired"), 3)
     assert (told["task"], f"{tmp_path}/f" in told["message"]) == ("holder", True)
     assert box.api("GET", "/v1/writes")[1]["claims"][0]["task_id"] == "holder"
+
+
+@pytest.mark.row(79)
+def test_what_a_person_typed_is_kept_where_the_workdir_says_from_where_it_counts(
+    box: RealBox, tmp_path: Path
+) -> None:
+    (tmp_path / "repo").mkdir()
+    held = ["--not-before", "2099-01-01T00:00:00Z", "echo x"]
+    typed = ["--workdir", f"{tmp_path}/repo", "--writes", "../out/a", "--writes", "src"]
+    assert box.ctl("submit", "--id", "typed", *typed, *held).returncode == 0
+    assert box.show("typed")["declared"]["writes_to"] == ["../out/a", "src"]
+    claims = box.ctl_json("writes")
+    assert {(each["path"], each["given"]) for each in claims} == {(f"{tmp_path}/out/a", "../out/a"), (f"{tmp_path}/repo/src", "src")}  # fmt: skip
+    assert box.ctl("submit", "--writes", f"{tmp_path}/repo/src/x", *held).returncode == 75

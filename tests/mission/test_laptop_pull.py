@@ -70,9 +70,7 @@ def test_a_pull_that_dies_in_the_middle_goes_on_with_that_row_after_both_sides_h
 ) -> None:
     out, to = tmp_path / "out", tmp_path / "to"
     jobs(box, 0, 20)
-    wait_for(
-        "20 rows", lambda: len(box.api("GET", "/v1/completions?after=0&consumer=looks")[1]["rows"]) == 20
-    )
+    box.until_pullable(20)
     names = [line["name"] for line in box.completions()]
     dying = f'test "$AGENTQ_NAME" != {names[6]} || kill -9 $PPID'
     assert laptop(box, out, "--to", str(to), "--exec", dying).wait(60) == -signal.SIGKILL

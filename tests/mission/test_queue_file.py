@@ -349,12 +349,14 @@ def test_a_replay_inside_the_ttl_returns_the_first_id_and_after_it_runs_anew(
         "task": "again",
         "id": "a1",
         "prompt": f"echo x >> {tmp_path}/runs; echo ok",
-        "dedup_ttl": "1500ms",
+        "dedup_ttl": "4s",
     }
     first = box.submit(**task)
     assert first.pop("state") in {"queued", "running"}
     assert first == {"task_id": "a1", "result": None, "duplicate": False, "where": "accepted"}
     box.result("again")
+    # What is not marked as delivered has no ttl: without this the test would pass with no ttl at all, now and then.
+    wait_for("its mark", lambda: {row["state"] for row in box.show("a1")["outbox"]} == {"delivered"})
     replay = box.submit(**task)
     assert replay == {
         "task_id": "a1",
@@ -375,12 +377,15 @@ def test_a_replay_inside_the_ttl_returns_the_first_id_and_after_it_runs_anew(
 
 
 @pytest.mark.row(30)
-def test_the_ttl_is_never_over_while_the_task_is_active_or_unpulled(box: RealBox) -> None:
-    task = {"task": "long", "id": "l1", "prompt": "sleep 0.4; echo ok", "dedup_ttl": "1ms"}
+def test_the_ttl_is_never_over_while_the_task_is_active_or_unpulled(box: RealBox, tmp_path: Path) -> None:
+    prompt = f"while ! [ -e {tmp_path}/go ]; do sleep 0.02; done; echo ok"
+    task = {"task": "long", "id": "l1", "prompt": prompt, "dedup_ttl": "1ms"}
     box.submit(**task)
     assert box.submit(**task)["task_id"] == "l1"
     box.api("POST", "/v1/consumers/laptop/ack", {"seq": 0})
+    (tmp_path / "go").touch()
     seq = box.result("long")["seq"]
+    box.until_pullable(1)
     assert box.submit(**task) | {"state": "", "where": ""} == {
         "task_id": "l1", "state": "", "result": "success", "duplicate": True, "where": "",
     }  # fmt: skip
@@ -440,7 +445,7 @@ def test_an_overflow_of_the_hints_loses_no_line(make_box: MakeBox) -> None:
         box.queue_file.with_name(f".{n % 2}").write_bytes(b"")
     box.append({"task": "behind", "prompt": "echo x"})
     os.kill(box.daemon_pid(), signal.SIGCONT)
-    assert box.result("behind", 10)["status"] == "success"
+    assert box.result("behind")["status"] == "success"
 
 
 @pytest.mark.row(19, 21, 22)
@@ -457,7 +462,7 @@ def test_a_line_starts_its_worker_within_milliseconds(make_box: MakeBox, tmp_pat
         closed = time.time()
         wait_for("its start", (tmp_path / f"{n}").exists)
         waits.append(float((tmp_path / f"{n}").read_text()) - closed)
-    assert statistics.median(waits) < 0.25, waits
+    assert statistics.median(waits) < 1, waits  # 0.02 on a quiet machine: benchmarks measure it
 
 
 @pytest.mark.row(19)
@@ -582,7 +587,7 @@ def test_an_append_at_a_random_moment_of_the_start_is_never_missed(make_box: Mak
         time.sleep(start_s * draw.uniform(0.3, 1.4))  # the random moment itself
         box.append({"task": "t", "id": f"t{n}", "prompt": "p"})
         wait_for("the daemon", (box.runtime / "agentqd.sock").exists)
-        wait_for(f"append {n}", lambda n=n: seen(box, n + 1), 10)
+        wait_for(f"append {n}", lambda n=n: seen(box, n + 1))
 
 
 def seen(box: RealBox, count: int) -> bool:

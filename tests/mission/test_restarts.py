@@ -1,5 +1,6 @@
 """Daemon, supervisor and workers die at every moment; what was accepted ends once, and what is known stays known."""
 
+import hashlib
 import json
 import os
 import random
@@ -57,10 +58,12 @@ def test_an_end_while_the_daemon_is_away_is_found_and_delivered(box: RealBox, tm
 
 @pytest.mark.row(14)
 def test_a_stop_of_the_daemon_leaves_workers_running(box: RealBox, tmp_path: Path) -> None:
-    box.append({"task": "lives", "prompt": f"echo $$ > {tmp_path}/pid; sleep 1; echo x"})
+    prompt = f"echo $$ > {tmp_path}/pid; while ! [ -e {tmp_path}/go ]; do sleep 0.05; done; echo x"
+    box.append({"task": "lives", "prompt": prompt})
     worker = started(tmp_path / "pid")
     assert box.stop() == 0
     assert alive(worker)
+    (tmp_path / "go").touch()
     box.start()
     assert box.result("lives")["status"] == "success"
 
@@ -98,6 +101,41 @@ def test_a_worker_lost_with_its_supervisor_is_never_a_success_and_on_lost_says_w
         assert "lost" not in box.results()
         assert box.ctl("release", "lost").returncode == 0
         assert box.result("lost")["status"] == "success"
+
+
+@pytest.mark.row(51, 52)
+def test_what_a_lost_worker_has_left_and_handed_over_is_delivered(box: RealBox, tmp_path: Path) -> None:
+    """Its whole box dies around it, after it has handed over a reply that no daemon has seen."""
+    prompt = f"""
+echo $$ > {tmp_path}/pid; echo hi; echo words >&2; echo part > rep.md
+while [ ! -e {tmp_path}/go ]; do sleep 0.01; done
+echo '{{"n":1}}' > .reply; mv .reply $AGENTQ_OUTBOX/reply.json; printf half > $AGENTQ_OUTBOX/half.txt
+touch {tmp_path}/handed; sleep 300
+"""
+    box.append({"task": "loser", "id": "loser", "prompt": prompt, "kill_grace": "200ms"})
+    worker = started(tmp_path / "pid")
+    box.kill()
+    (tmp_path / "go").touch()
+    wait_for("the reply", (tmp_path / "handed").exists)
+    box.kill_supervisor()
+    os.kill(worker, signal.SIGKILL)
+    box.start()
+    told = box.result("loser")
+    assert (told["status"], told["reason"]) == ("lost", "supervisor_lost")
+    assert told["stdout_tail"] == "hi\n"
+    assert told["artifacts"] == [
+        {"path": "rep.md", "bytes": 5, "sha256": hashlib.sha256(b"part\n").hexdigest()}
+    ]
+    evidence = told["evidence"]
+    assert (evidence["stdout_bytes"], evidence["stderr_bytes"], evidence["work_files"]) == (3, 6, 1)
+    assert told["started_at"] is not None
+    assert told["duration_s"] > 0
+    assert [(line["key"], line["content"]) for line in box.entries("loser")] == [("reply.json", {"n": 1})]
+    said = json.dumps(box.show("loser")["outbox"])
+    assert "half.txt" in said, said
+    assert [
+        row["state"] for row in box.show("loser")["outbox"] if "incomplete" in str(row["last_error"])
+    ] == ["dead"]
 
 
 @pytest.mark.row(29, 14)
@@ -308,6 +346,7 @@ def test_a_large_entry_is_synced_renamed_and_its_folder_synced_before_the_journa
             }
         )
         (entry,) = wait_for("the entry", lambda: box.entries("big"))
+        box.until_pullable(1)  # its line is to be seen before it is synced
         strace.send_signal(signal.SIGINT)
     calls = trace.read_text().splitlines()
 
@@ -382,6 +421,7 @@ def test_what_waits_outlives_both_sides(make_box: MakeBox) -> None:
     wait_for("5 ends", lambda: len(box.results()) == 5)
     box.kill()
     box.start()
+    box.until_pullable(5)
     assert [json.loads(line)["name"] for line in box.ctl("pull").stdout.splitlines()] == [
         line["name"] for line in box.completions()
     ]

@@ -48,6 +48,7 @@ def test_a_webhook_that_says_500_twice_gets_the_same_entry_a_third_time(
         assert [status for _, status, _, _ in web.seen] == [500, 500, 200]
         assert {(entry_id, body) for entry_id, _, _, body in web.seen} == {(web.seen[0][0], web.seen[0][3])}
         assert json.loads(web.seen[0][3])["data"]["task_id"] == "one"
+        wait_for("the archive", lambda: ids(tmp_path / "archive.jsonl"))
         assert ids(tmp_path / "archive.jsonl") == [web.seen[0][0]]
         shown = box.ctl_json("outbox", "show", web.seen[0][0])
         tries = next(row["tries"] for row in shown["rows"] if row["sink"] == "hook")

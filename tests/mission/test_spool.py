@@ -92,6 +92,7 @@ def test_each_side_works_while_the_other_is_off(one: OneLaptop) -> None:
     submit(one, "first")
     one.sshd.kill()  # the laptop sleeps: the box goes on and keeps the result
     one.box.result("first")
+    one.box.until_pullable(1)
     one.end_keepers()
     spooled = submit(one, "second")  # the box is away: the laptop goes on and keeps the task
     assert spooled["where"] == "spool"
@@ -116,5 +117,10 @@ def test_a_refusal_reaches_the_laptop_at_once_or_with_the_first_contact(one: One
     waited = one.ctl("wait", late["task_id"], "--json")
     assert waited.returncode == 125
     assert json.loads(waited.stdout)["reason"] == "write_conflict"
+    assert json.loads(waited.stdout)["conflicts"] == [
+        {"task_id": "one", "task": "sleep 60", "path": "/tmp/w1"}
+    ]
+    shown = json.loads(one.ctl("show", late["task_id"], "--json").stdout)
+    assert shown["conflicts"] == json.loads(waited.stdout)["conflicts"]
     assert b"has refused" in waited.stderr
     wait_for("its result", lambda: one.box.results().get("late", {}).get("status") == "refused")

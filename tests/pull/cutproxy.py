@@ -11,8 +11,6 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple, Self
 
-from realbox import RealBox, wait_for
-
 
 class Cut(NamedTuple):
     """Connection `number` (from 0) ends after `count` bytes in this direction. `up` 0: before the request. `hang`: after
@@ -112,14 +110,6 @@ class CutProxy:
                 self.on_cut()
         with self._lock:
             self.seen.append(Seen(bytes(up), down))
-
-
-def pullable(box: RealBox, count: int) -> None:
-    """Waits until so many rows can be pulled: a line in the file is not yet a marked one."""
-    wait_for(
-        f"{count} rows",
-        lambda: len(box.api("GET", "/v1/completions?after=0&consumer=looks")[1]["rows"]) >= count,
-    )
 
 
 def points(seen: list[Seen]) -> list[Cut]:

@@ -13,8 +13,6 @@ import pytest
 from crash.inject import needs_strace
 from realbox import RealBox, wait_for
 
-from .cutproxy import pullable
-
 pytestmark = [
     pytest.mark.real,
     pytest.mark.root,
@@ -28,7 +26,7 @@ FILES = {"stdout": "out\n", "stderr": "err\n", "artifacts/sub/f": "content\n"}
 
 def a_result(box: RealBox) -> None:
     box.append({"task": "t", "id": "t", "prompt": "echo out; echo err >&2; mkdir sub; echo content > sub/f"})
-    pullable(box, 1)
+    box.until_pullable(1)
 
 
 def traced(box: RealBox, out: Path, to: Path, consumer: str, trace: Path, *options: str) -> int:

@@ -17,7 +17,7 @@ import pytest
 from conftest import MakeBox
 from realbox import RealBox, wait_for
 
-from .cutproxy import Cut, CutProxy, points, pullable
+from .cutproxy import Cut, CutProxy, points
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
@@ -56,7 +56,7 @@ def ended(process: subprocess.Popen[bytes]) -> tuple[int, str]:
 def some_results(box: RealBox, count: int = 2) -> list[dict[str, Any]]:
     for n in range(count):
         box.append({"task": f"job {n}", "id": f"id{n}", "prompt": WORK.replace("{name}", f"job {n}")})
-    pullable(box, count)
+    box.until_pullable(count)
     return [row for row in box.completions() if "status" in row]
 
 
@@ -158,7 +158,7 @@ def test_a_cut_transfer_goes_on_at_the_byte_where_it_stopped(proxied: tuple[Real
     box, proxy = proxied
     box.append({"task": "big", "id": "big", "prompt": "echo x; head -c 20000000 /dev/urandom > big.bin"})
     row = box.result("big")
-    pullable(box, 1)
+    box.until_pullable(1)
     out, to = box.folder / "out.jsonl", box.folder / "to"
     proxy.begin(lambda number: Cut(number, "down", 3_000_000))
     assert ended(pull(proxy, out, "--to", str(to)))[0] == 0

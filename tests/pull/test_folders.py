@@ -20,8 +20,6 @@ from cli.standin import StandIn
 from conftest import MakeBox
 from realbox import RealBox, wait_for
 
-from .cutproxy import pullable
-
 pytestmark = pytest.mark.real
 
 PROGRAM = [sys.executable, "-m", "agentqd.cli.main"]
@@ -49,6 +47,7 @@ def run(box: RealBox, task_id: str, prompt: str, **fields: Any) -> dict[str, Any
     wait_for(
         task_id, lambda: any(row.get("task_id") == task_id and "status" in row for row in box.completions())
     )
+    box.until_pullable(len(box.completions()))
     return next(row for row in box.completions() if row.get("task_id") == task_id and "status" in row)
 
 
@@ -99,7 +98,7 @@ def test_a_second_run_of_a_task_overwrites_nothing(box: RealBox, tmp_path: Path)
     to = tmp_path / "to"
     pull(box, "--to", str(to))
     assert box.ctl("retry", "one").returncode == 0
-    pullable(box, 2)
+    box.until_pullable(2)
     assert [row["dir"] for row in rows(pull(box, "--to", str(to)))] == [f"{to}/one-one.2"]
     assert [(to / name / "stdout").read_text() for name in ("one-one", "one-one.2")] == ["out 1\n", "out 2\n"]
 
@@ -124,7 +123,7 @@ def test_entries_come_as_they_are_handed_over_and_their_result_joins_them(
         echo '{"a": 1}' > $AGENTQ_OUTBOX/small.json; head -c 700000 /dev/urandom > d; cp d .d; mv .d "$AGENTQ_OUTBOX/large bin"
         while [ ! -e go ]; do sleep 0.02; done; echo done"""
     box.append({"task": "t", "id": "t", "prompt": prompt})
-    pullable(box, 2)
+    box.until_pullable(2)
     to = tmp_path / "to"
     done = pull(box, "--to", str(to))
     assert (done.returncode, len(rows(done))) == (0, 2), done.stderr
@@ -133,7 +132,7 @@ def test_entries_come_as_they_are_handed_over_and_their_result_joins_them(
     assert large == (box.attempt_folder("t") / "work" / "d").read_bytes()
     assert os.listdir(to / "t-t") == ["entries"]
     (box.attempt_folder("t") / "work" / "go").touch()
-    pullable(box, 3)
+    box.until_pullable(3)
     assert [row["dir"] for row in rows(pull(box, "--to", str(to)))] == [f"{to}/t-t"]
     assert sorted(os.listdir(to / "t-t")) == ["artifacts", "entries", "result.json", "stderr", "stdout"]
     rows(pull(box, "--to", str(to), "--consumer", "again"))

@@ -26,7 +26,7 @@ from agentqd.client.transfer import fetch, list_files
 from agentqd.core.errors import AgentqError
 from agentqd.core.folders import Folders
 
-from .cutproxy import Cut, CutProxy, points, pullable
+from .cutproxy import Cut, CutProxy, points
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
 FOREVER = float("inf")  # what a laptop's box has
@@ -145,7 +145,7 @@ def test_a_connection_that_says_nothing_more_is_given_up_and_made_anew(
 def test_a_pull_cut_at_any_place_puts_each_row_away_once(proxied: tuple[RealBox, CutProxy]) -> None:
     box, proxy = proxied
     box.append(*({"task": f"t{n}", "id": f"t{n}", "prompt": "echo x"} for n in range(3)))
-    pullable(box, 3)
+    box.until_pullable(3)
 
     def pulled(consumer: str) -> list[int]:
         got: list[int] = []

@@ -55,10 +55,10 @@ async def test_a_strangers_unfinished_line_in_a_persons_file_is_closed_and_not_c
 async def test_the_tail_alone_is_read_back_from_a_large_file(completions: CompletionsAdapter) -> None:
     filler = CompletionLines().line(delivery(1, padding=60_000), 5)
     completions.path.write_bytes(filler * 1000)
-    begun = time.perf_counter()
+    begun = time.process_time()
     sink = completions.make()
     assert await sink.open(5) == []
-    assert time.perf_counter() - begun < 0.1, "60 MB are not parsed"
+    assert time.process_time() - begun < 0.1, "60 MB are not parsed"
     assert positions(await sink.deliver(some(1))) == [6]
     await sink.close()
 

@@ -30,6 +30,9 @@ from .adapters import ADAPTERS
 from .conformance import Adapter, Condition, some
 from .conftest import SSH
 
+pytestmark = pytest.mark.slow
+
+
 TIMES = {"rejected": 20}  # of the others a hundred; it is the same plug as completions
 AT_ONCE = 4  # fewer losses in a row than open the breaker
 SSH_TIMES = int(

@@ -23,6 +23,9 @@ from agentqd.sinks.base import Deferred, Delivered, Delivery, Outcome, Rejected
 from .conformance import delivery
 from .smtpadapter import PASSWORD, USER, EmailAdapter, a_mail
 
+pytestmark = pytest.mark.slow
+
+
 ABC = ["a@example.org", "b@example.org", "c@example.org"]
 PHASES = ["greeting", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "dot"]
 
@@ -153,7 +156,7 @@ async def test_a_server_that_misbehaves_at_any_point_is_left_in_time(
     said = await send(post, three())
     assert isinstance(said, Deferred), said
     assert said.reason.isprintable()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     if do == "hang":
         assert (said.connection, said.busy) == (True, True)
     elif do == "drop":

@@ -39,6 +39,13 @@ async def one(sink: Sink, number: int = 1) -> Outcome:
     return outcome
 
 
+async def until_delivered(sink: Sink, number: int = 1) -> None:
+    """A try may be too short for a busy machine; the next one is not."""
+    async with asyncio.timeout(20):
+        while not isinstance(await one(sink, number), Delivered):
+            await until(lambda: calls() == 0)
+
+
 async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(10):
         while not condition():
@@ -138,13 +145,13 @@ async def test_what_another_type_of_sink_remembers_of_a_moved_row_says_nothing_h
 async def test_an_answer_that_comes_too_late_still_counts(people: NotifyAdapter) -> None:
     people.write_urls("one", "two")
     people.say("late", "two")
-    people.try_s = 0.3
+    people.try_s = 0.8
     sink = await opened(people)
     outcome = await one(sink)
     assert isinstance(outcome, Deferred)
-    assert outcome.reason == "URL 2 of 2 (JSON): no answer within 0.3 s"
+    assert "URL 2 of 2 (JSON): no answer within 0.8 s" in outcome.reason
     people.say("good", "two")
-    assert isinstance(await one(sink), Delivered)
+    await until_delivered(sink)
     assert sorted(path for path, _ in people.taken()) == ["one", "two"], "nobody got it twice"
     await sink.close()
 
@@ -173,7 +180,7 @@ async def test_calls_that_hang_are_bounded_hold_up_nobody_and_their_threads_end(
     assert calls() == 3
     people.say("good", "one")
     await until(lambda: calls() == 0)
-    assert isinstance(await one(sink, 9), Delivered)
+    await until_delivered(sink, 9)
     await sink.close()
 
 
@@ -272,6 +279,18 @@ async def test_ntfy_takes_it_too(people: NotifyAdapter) -> None:
 
 
 # Secrets.
+
+
+def test_the_library_says_nothing_while_it_is_loaded() -> None:
+    """In a process of its own: it is loaded once."""
+    script = """
+import logging
+logging.basicConfig(level=1)
+from agentqd.sinks import notify
+notify._load()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 async def test_no_token_is_ever_logged_printed_or_given_as_a_reason(

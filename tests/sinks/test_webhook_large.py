@@ -33,6 +33,9 @@ from .httpreceiver import Exchange, Receiver, good, read_head, says
 from .test_webhook import sink_to, until, web
 from .webadapter import SECRET_LINE, keep_secret
 
+pytestmark = pytest.mark.slow
+
+
 __all__ = ["web"]
 KEY = base64.b64decode(SECRET_LINE.removeprefix("whsec_"))
 
@@ -101,7 +104,7 @@ async def test_what_stands_behind_the_path_stays_there(web: Receiver, tmp_path: 
     assert data["attachments"] == [{"path": sent.blob_path}]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(content=st.binary(max_size=3000) | st.text(max_size=3000).map(lambda text: text.encode("utf-8", "replace")), chunk=st.integers(1, 50))  # fmt: skip
 def test_the_pieces_are_the_envelope_with_the_content_in_it_wherever_they_are_cut(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, chunk: int

@@ -27,6 +27,13 @@ DAY = dt.timedelta(days=1)
 Make = Callable[..., ssl.SSLContext]
 
 
+# Python 3.13 asks for what RFC 5280 asks for: key usage, and key identifiers.
+_SIGNS_CERTIFICATES = x509.KeyUsage(
+    digital_signature=False, content_commitment=False, key_encipherment=False, data_encipherment=False, key_agreement=False,
+    key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False,
+)  # fmt: skip
+
+
 class Authority:
     """A certificate authority that the sink trusts."""
 
@@ -36,6 +43,10 @@ class Authority:
         self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test authority")])
         made = self._begin(self.name, self.key.public_key(), NOW + DAY)
         made = made.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        made = made.add_extension(_SIGNS_CERTIFICATES, critical=True)
+        made = made.add_extension(
+            x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), critical=False
+        )
         self.file = folder / "authority.pem"
         self.file.write_bytes(made.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 
@@ -60,7 +71,11 @@ class Authority:
             alternative = x509.DNSName(host)
         made = self._begin(name, key.public_key(), until, issuer=name if own else self.name)
         made = made.add_extension(x509.SubjectAlternativeName([alternative]), critical=False)
-        signed = made.sign(key if own else self.key, hashes.SHA256())
+        signer = key if own else self.key
+        made = made.add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
+        )
+        signed = made.sign(signer, hashes.SHA256())
         file = self.folder / "server.pem"
         file.write_bytes(
             key.private_bytes(

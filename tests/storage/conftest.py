@@ -5,15 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from agentqd.storage import connection as module
 from agentqd.storage.journal import Journal
 from agentqd.system.clock import ManualClock
-
-
-@pytest.fixture(autouse=True)
-def cold_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Growing the log by 8 MiB at each start makes commits fast for days; here it only costs."""
-    monkeypatch.setattr(module, "_WAL_WARM_BYTES", 4096)
 
 
 @pytest.fixture

@@ -415,6 +415,14 @@ async def test_no_two_events_read_alike_to_the_chain(journal: Journal) -> None:
     assert len(hashes) == 5
 
 
+async def test_a_file_that_is_no_database_is_refused_and_not_kept_open(path: str) -> None:
+    Path(path).write_bytes(b"no database at all, and long enough to be one\n" * 100)
+    with pytest.raises(JournalError, match="not a database") as caught:
+        await Journal(path, lambda: 0).open()
+    opened = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")]  # fmt: skip
+    assert path not in opened, caught.value
+
+
 # A real I/O error, by strace in a process of its own.
 
 WRITER = """

@@ -214,7 +214,7 @@ def test_a_mistake_in_an_environment_file_has_a_line_and_never_shows_a_value(lin
     assert "s3cret" not in str(caught.value.as_json())
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.text(max_size=40))
 def test_any_text_is_an_environment_or_a_config_error(text: str) -> None:
     try:

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from budget import tries
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -170,7 +171,7 @@ class Sums(RuleBasedStateMachine):
 
 
 TestSums = Sums.TestCase
-TestSums.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestSums.settings = settings(max_examples=tries(200), stateful_step_count=40)
 
 
 async def test_a_move_from_a_state_that_is_no_more_changes_nothing(journal: Journal) -> None:

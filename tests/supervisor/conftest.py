@@ -5,13 +5,14 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+from places import SHORT_TMP
 
 from .harness import Box, Daemon
 
 
 @pytest.fixture
 def empty_box() -> Iterator[Box]:
-    root = tempfile.mkdtemp(prefix="agentqd-")
+    root = tempfile.mkdtemp(prefix="agentqd-", dir=SHORT_TMP)
     box = Box(root)
     try:
         yield box

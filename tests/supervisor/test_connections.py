@@ -16,6 +16,8 @@ from agentqd.supervisor.wire import End, Forget, Leave, Ping, Pong, Refuse, Run,
 
 from .harness import Box, Daemon, is_alive, run, until
 
+pytestmark = pytest.mark.real
+
 
 def test_the_socket_is_for_its_user_only(box: Box) -> None:
     assert stat.S_IMODE(os.stat(f"{box.runtime}/supervisor.sock").st_mode) == 0o600

@@ -13,6 +13,9 @@ from agentqd.supervisor.wire import Clocks, End, Ending, SetClocks
 
 from .harness import Box, Daemon, is_alive, read_text, run, until
 
+pytestmark = pytest.mark.real
+
+
 # A python that forks twice, makes its own session, clears its environment, and writes its pid.
 HIDDEN = """
 import os, sys
@@ -29,6 +32,16 @@ def hidden(name: str) -> str:
     return f'{sys.executable} -S -c "$HIDDEN" "$PWD/{name}"'
 
 
+def is_up(box: Box) -> None:
+    until(lambda: read_text(box.path("t", "stdout")) == "up\n", "the trap is set")
+
+
+def let_the_deadline_pass(box: Box, daemon: Daemon, kill_grace_s: float = 10.0) -> None:
+    """Once its trap is set, however long that takes."""
+    is_up(box)
+    daemon.send(SetClocks("t", 1, Clocks(run_s=0.001, kill_grace_s=kill_grace_s)))
+
+
 def test_the_run_deadline_ends_the_worker_and_says_why(daemon: Daemon) -> None:
     daemon.send(run("t", "sleep 100", run_s=0.2))
     assert daemon.expect(Ending).intent == "run_timeout"
@@ -41,26 +54,31 @@ def test_the_total_deadline_has_a_name_of_its_own(daemon: Daemon) -> None:
     assert daemon.exited("t").intent == "total_timeout"
 
 
-def test_a_worker_that_handles_sigterm_keeps_its_exit_code_beside_our_intent(daemon: Daemon) -> None:
-    daemon.send(run("t", "trap 'exit 0' TERM; echo up; while :; do sleep 0.05; done", run_s=0.3))
+def test_a_worker_that_handles_sigterm_keeps_its_exit_code_beside_our_intent(
+    box: Box, daemon: Daemon
+) -> None:
+    daemon.send(run("t", "trap 'exit 0' TERM; echo up; while :; do sleep 0.05; done", run_s=60))
+    let_the_deadline_pass(box, daemon)
     exited = daemon.exited("t")
     assert (exited.intent, exited.exit_code) == ("run_timeout", 0)
 
 
 def test_sigterm_comes_once_to_each_process(box: Box, daemon: Daemon) -> None:
     script = "n=0; trap 'n=$((n+1))' TERM; echo up; for i in $(seq 40); do sleep 0.02; done; echo $n"
-    daemon.send(run("t", script))
-    until(lambda: read_text(box.path("t", "stdout")) == "up\n", "the trap is set")
+    daemon.send(run("t", script, kill_grace_s=60))
+    is_up(box)
     daemon.send(End("t", 1, "cancelled"))
     assert daemon.exited("t").intent == "cancelled"
     assert box.read("t", "stdout") == b"up\n1\n"
 
 
-def test_a_worker_that_ignores_sigterm_is_killed_after_its_grace(daemon: Daemon) -> None:
-    daemon.send(run("t", "trap '' TERM; while :; do sleep 0.05; done", run_s=0.3, kill_grace_s=0.4))
+def test_a_worker_that_ignores_sigterm_is_killed_after_its_grace(box: Box, daemon: Daemon) -> None:
+    daemon.send(run("t", "trap '' TERM; echo up; while :; do sleep 0.05; done", run_s=60))
+    began = time.monotonic()
+    let_the_deadline_pass(box, daemon, kill_grace_s=0.4)
     exited = daemon.exited("t")
     assert (exited.intent, exited.signal) == ("run_timeout", signal.SIGKILL)
-    assert exited.ended_at - (exited.started_at or 0) >= 650_000
+    assert 0.4 <= time.monotonic() - began < 8
 
 
 def test_a_stopped_worker_is_ended_by_sigterm(box: Box, daemon: Daemon) -> None:
@@ -116,7 +134,7 @@ def test_a_leftover_that_ignores_sigterm_gets_two_seconds_whatever_the_grace(
     begun = time.monotonic()
     daemon.send(run("t", script, kill_grace_s=60))
     exited = daemon.exited("t")
-    assert 1.9 < time.monotonic() - begun < 10
+    assert 1.9 < time.monotonic() - begun < 30
     assert not is_alive(box.pid_in("t", "a"))
     assert exited.left_behind
 
@@ -217,22 +235,22 @@ def test_quiet_after_output_is_a_silence_timeout(daemon: Daemon) -> None:
     ids=["out", "err", "beat", "outbox"],
 )
 def test_every_sign_of_life_counts_against_silence(daemon: Daemon, sign: str) -> None:
-    script = f"for i in 1 2 3 4 5 6 7 8; do {sign}; sleep 0.25; done"
-    daemon.send(run("t", script, first_output_s=1.2, silence_s=1.2))
+    script = f"for i in 1 2 3 4 5 6 7 8 9; do {sign}; sleep 0.25; done"
+    daemon.send(run("t", script, first_output_s=1.8, silence_s=1.8))
     exited = daemon.exited("t")
     assert (exited.intent, exited.exit_code) == (None, 0)
 
 
 def test_the_warning_comes_once_before_the_deadline(box: Box, daemon: Daemon) -> None:
     script = "trap 'echo warned' USR1; echo up; while :; do sleep 0.05; done"
-    daemon.send(run("t", script, run_s=1.0, kill_grace_s=0.5, warning_signal=int(signal.SIGUSR1)))
+    daemon.send(run("t", script, run_s=2.5, kill_grace_s=0.5, warning_signal=int(signal.SIGUSR1)))
     exited = daemon.exited("t")
     assert box.read("t", "stdout") == b"up\nwarned\n"
     assert exited.intent == "run_timeout"
 
 
 def test_a_deadline_raised_in_mid_run_lets_the_worker_live_on(daemon: Daemon) -> None:
-    daemon.send(run("t", "sleep 1.5; exit 9", run_s=1.0))
+    daemon.send(run("t", "sleep 2.5; exit 9", run_s=2.0))
     daemon.started("t")
     daemon.send(SetClocks("t", 1, Clocks(run_s=60)))
     exited = daemon.exited("t")
@@ -257,8 +275,9 @@ def test_an_end_with_a_wait_ends_the_worker_after_it(daemon: Daemon) -> None:
     assert daemon.exited("t").intent == "result_grace"
 
 
-def test_the_first_intent_wins(daemon: Daemon) -> None:
-    daemon.send(run("t", "trap '' TERM; while :; do sleep 0.05; done", kill_grace_s=0.5, run_s=0.3))
+def test_the_first_intent_wins(box: Box, daemon: Daemon) -> None:
+    daemon.send(run("t", "trap '' TERM; echo up; while :; do sleep 0.05; done", run_s=60))
+    let_the_deadline_pass(box, daemon, kill_grace_s=1.5)
     assert daemon.expect(Ending).intent == "run_timeout"
     daemon.send(End("t", 1, "cancelled"))
     assert daemon.exited("t").intent == "run_timeout"

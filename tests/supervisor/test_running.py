@@ -12,6 +12,8 @@ from agentqd.supervisor.wire import Exited, Running
 
 from .harness import Box, Daemon, run, until
 
+pytestmark = pytest.mark.real
+
 
 def test_a_worker_that_ends_is_told_and_its_exit_file_says_the_same(box: Box, daemon: Daemon) -> None:
     daemon.send(run("t", "echo out; echo err >&2; exit 3"))

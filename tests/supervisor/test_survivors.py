@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 from agentqd.supervisor.wire import SurvivorsGone
 
 from .harness import Box, Daemon, is_alive, run, until
+
+pytestmark = pytest.mark.real
 
 
 def kill(box: Box) -> None:

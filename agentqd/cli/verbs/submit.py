@@ -218,17 +218,22 @@ def _read_prompt(source: str) -> str:
 
 
 def _places(said: dict[str, Any], on_the_box: Callable[..., str]) -> dict[str, Any]:
-    """Paths, made absolute from the caller's folder (writes: from the workdir, if there is one)."""
+    """Paths, made absolute from the caller's folder. What it writes, where there is a workdir, as it was typed: the box takes it from there."""
     found: dict[str, Any] = {}
     base = None
     if said["workdir"]:
         base = found["workdir"] = check_text("workdir", on_the_box("--workdir", said["workdir"]))
     if said["writes"]:
         found["writes_to"] = [
-            check_text("writes", on_the_box("--writes", path, base)) if path else path
+            check_text("writes", path if _is_from(base, path) else on_the_box("--writes", path, base))
             for path in said["writes"]
         ]
     return found
+
+
+def _is_from(workdir: str | None, path: str) -> bool:
+    """A path that the box takes from the workdir, or that is none at all. (A home is the caller's.)"""
+    return not path or (workdir is not None and not path.startswith(("/", "~")))
 
 
 def _lists(said: dict[str, Any]) -> dict[str, Any]:

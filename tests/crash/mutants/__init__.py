@@ -188,7 +188,7 @@ MUTANTS = (
     Mutant(
         "a claim that was not sent is lost",
         "agentqd/loops/reconcile.py",
-        "            supervision.launch(Claim(task, spec, prompt))\n",
+        "            counts[await _begin(box, supervision, row)] += 1\n",
         "            lost.append(row)\n",
         "test_edges.py::test_edge_06_a_durable_claim_that_was_not_sent_is_sent_again",
         "lost",
@@ -201,6 +201,22 @@ MUTANTS = (
         '            __import__("shutil").rmtree(box.folders.attempt(task.id, task.attempt))\n',
         "test_edges.py::test_edge_11_a_worker_whose_supervisor_died_is_ended_and_lost",
         "",
+    ),
+    Mutant(
+        "a claim from outside outlives its process",
+        "agentqd/loops/outside.py",
+        "        ended = [claim for claim in claims if not is_alive(claim.holder, self.boot_id)]\n",
+        "        ended = []\n",
+        "test_outside_claims.py::test_the_command_and_its_keeper_killed_at_every_call",
+        "the release of every claim",
+    ),
+    Mutant(
+        "a COMMAND begins before its claim is held",
+        "agentqd/cli/verbs/writesclaim.py",
+        "    answer = _ask(call, wish, until)\n",
+        '    _become(call, argv, wish["id"])\n    answer = _ask(call, wish, until)\n',
+        "test_outside_claims.py::test_the_command_and_its_keeper_killed_at_every_call",
+        "without its claim",
     ),
 )
 

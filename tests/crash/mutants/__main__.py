@@ -15,7 +15,7 @@ def main() -> int:
     missed = 0
     for mutant in chosen:
         began = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="m-") as folder:
+        with tempfile.TemporaryDirectory(prefix="m-", dir="/tmp") as folder:
             done = run_mutant(mutant, Path(folder))
         caught = was_caught(mutant, done)
         missed += not caught

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.real, pytest.mark.root, pytest.mark.timeout(200)]
 @pytest.fixture
 def tree() -> Iterator[Path]:
     """Shorter than tmp_path: the boxes in it have sockets, whose paths have 107 bytes at most."""
-    with tempfile.TemporaryDirectory(prefix="m-") as folder:
+    with tempfile.TemporaryDirectory(prefix="m-", dir="/tmp") as folder:
         yield Path(folder)
 
 
