@@ -244,12 +244,14 @@ async def _clock(room: Room) -> list[Check]:
 
 
 async def _sinks(room: Room) -> list[Check]:
-    sums = (await room.box.journal.read(queries.counts)).outbox
+    read = room.box.journal.read
+    sums, aside = (await read(queries.counts)).outbox, (await read(queries.dead_seen)).aside_rows
     dead = {sink: n for sink, state, n in sums if state == "dead"}
+    revived = await read(queries.revived) if dead else set()
     found = []
     for name in sorted({COMPLETIONS, *room.box.settings.sinks, *dead}):
         runner = room.parts.delivery.runners.get(name)
-        many = f"{dead[name]} dead letters; " if name in dead else ""
+        many = _many_dead(dead.get(name, 0), aside.get(name, 0))
         fix = f"agentqctl outbox list --sink {quote(name)} --state dead" if name in dead else None
         if runner is None:
             known = name in room.box.settings.sinks or name == COMPLETIONS
@@ -268,10 +270,17 @@ async def _sinks(room: Room) -> list[Check]:
                 )
             )
         elif many:
-            found.append(check(f"sink {name}", "warning", f"{many}it works now", fix))
+            now = "it works now" if name in revived else "nothing is known to have arrived there since"
+            found.append(check(f"sink {name}", "warning", f"{many}{now}", fix))
         else:
             found.append(check(f"sink {name}", "ok", "no errors"))
     return found
+
+
+def _many_dead(dead: int, aside: int) -> str:
+    """`aside`: those of them that no receiver was asked to take."""
+    letters = f"{dead - aside} dead letters; " if dead > aside else ""
+    return letters + (f"{aside} set aside; " if aside else "")
 
 
 ROUTES: Final = (

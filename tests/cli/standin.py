@@ -51,7 +51,7 @@ def a_row(delivery_id: str = "d1f0c2", **changes: Any) -> dict[str, Any]:
 def a_sink(name: str = "hook", **changes: Any) -> dict[str, Any]:
     return {
         "name": name, "type": "webhook", "in_config": True, "pending": 3, "held": 0, "dead": 1, "delivered": 205,
-        "oldest_pending_s": 840.0, "breaker": "closed", "next_probe_at": None, "disabled": None, "disabled_by": None,
+        "oldest_pending_s": 840.0, "breaker": "closed", "next_probe_at": None, "left_alone_until": None, "disabled": None, "disabled_by": None,
         "disabled_at": None, "concurrency": 5, "concurrency_max": 20, "in_flight": 1, "rate": None, "rate_wait_s": 0.0,
         "rate_limited": False, "last_error": None,
         "backlog": {"pending": 1, "delivering": 1, "retryable": 1, "held": 0, "delivered": 205, "dead": 1, "dropped": 0},

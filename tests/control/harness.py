@@ -241,4 +241,5 @@ def fake_runner(*in_flight: int, last_error: str | None = None) -> Any:
         rates=lambda: {"delivered_last": None, "failed_last": None, "counted_since": None},
         health=lambda: {"breaker": "closed"},
         forget=lambda: None,
+        lift=lambda: None,
     )
