@@ -27,7 +27,7 @@ VERBS: dict[str, str] = {
     "retry": "Run finished tasks again.",
     "pause": "Start nothing more from a queue.",
     "resume": "Let a paused queue go on.",
-    "drain": "Accept and start nothing more.",
+    "drain": "Accept and start nothing more, until drain --off.",
     "pull": "Take results off the completion queue.",
     "outbox": "What is on its way to whom.",
     "sink": "Where deliveries go, and whether they arrive.",

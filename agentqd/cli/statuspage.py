@@ -183,6 +183,8 @@ def _sink_word(sink: dict[str, Any]) -> str | Cell:
         return Cell({"open": "resting", "half_open": "probing"}.get(breaker, breaker), "warn")
     if sink.get("in_config") is False:
         return Cell("not in config", "warn")
+    if sink.get("left_alone_until"):
+        return Cell(f"left alone until {local_time(sink['left_alone_until'])}", "warn")
     return Cell("rate-limited", "busy") if sink.get("rate_limited") else ""
 
 

@@ -79,7 +79,11 @@ def _draw_attempts(out: Output, task: dict[str, Any]) -> None:
             [
                 str(attempt.get("attempt")),
                 Cell(text, "busy" if running else RESULT_STYLES.get(str(attempt.get("result")), "bad")),
-                str(attempt["signal"]) if attempt.get("signal") else "" if ended is None else str(ended),
+                f"signal {attempt['signal']}"
+                if attempt.get("signal")
+                else ""
+                if ended is None
+                else str(ended),
                 str(attempt.get("pid") or ""),
                 local_time(attempt.get("started_at")),
                 duration(attempt.get("duration_s")),

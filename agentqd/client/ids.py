@@ -1,4 +1,4 @@
-"""What a client adds to a task before it sends it: an id, a time, a name."""
+"""What a client adds to a task before it sends it: an id and a time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from agentqd.core.units import format_time
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: sorts as it counts, no letters to mix up
 TIME_DIGITS = 9
 RANDOM_DIGITS = 11
-NAME_CHARS_MAX = 60
-NAME_WORDS_MAX = 8
 
 
 def new_task_id(now_ms: int | None = None, random: bytes | None = None) -> str:
@@ -32,18 +30,6 @@ def now_text() -> str:
     text = format_time(time.time_ns() // 1000)
     assert text is not None
     return text
-
-
-def name_from(text: str) -> str:
-    """A task's name from the first words of its prompt or argv: printable, on one line, short."""
-    printable = "".join(char if char.isprintable() else " " for char in text[:4096])
-    words = printable.split()[:NAME_WORDS_MAX]
-    name = ""
-    for word in words:
-        if name and len(name) + 1 + len(word) > NAME_CHARS_MAX:
-            break
-        name = f"{name} {word}".strip()
-    return name[:NAME_CHARS_MAX] or "task"
 
 
 def check_text(field: str, text: str) -> str:

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from shlex import quote
 from typing import Any, Final, NamedTuple
 
-from agentqd.control.queries import AlertSeen, DeadSeen
+from agentqd.control.alerts import PREFIX, Told, grouped, is_over
+from agentqd.control.queries import DeadSeen
 from agentqd.control.room import Room
 from agentqd.core.routing import COMPLETIONS, REJECTED
 from agentqd.core.units import format_duration
 from agentqd.loops.link import silence_advice
+from agentqd.loops.notices import open_secrets
 
 US: Final = 1_000_000
 UNDELIVERED_S: Final = 300.0
@@ -27,7 +29,7 @@ class Journaled(NamedTuple):
     """What the journal knows besides the status object."""
 
     stopping_since: dict[str, int]
-    alerts: list[AlertSeen]
+    alerts: list[Told]
     dead: DeadSeen
 
 
@@ -38,6 +40,7 @@ def attention(room: Room, status: dict[str, Any], known: Journaled, now_us: int)
         *_disk(room, status),
         *_config(room),
         *_sinks(status, known.dead),
+        *_secrets(room),
         *_set_aside(known.dead),
         *_stuck(status, known.stopping_since, now_us),
         *_queues(room, status),
@@ -69,9 +72,9 @@ def _supervisor(room: Room, status: dict[str, Any]) -> Iterator[Item]:
         text = f"the supervisor (pid {shown['pid']}) has not answered for {format_duration(shown['silent_s'])}; {silence_advice(shown['pid'])}"
         yield _item("error", text)
     if status["daemon"]["draining"]:
-        yield _item(
-            "warning", "draining: nothing new is accepted over the socket or started", "agentqctl drain --off"
-        )
+        since = f" since {status['daemon']['draining_since']}" if status["daemon"]["draining_since"] else ""
+        text = f"draining{since}: nothing new is accepted over the socket or started, until a person ends it"
+        yield _item("warning", text, "agentqctl drain --off")
 
 
 def _disk(room: Room, status: dict[str, Any]) -> Iterator[Item]:
@@ -116,16 +119,25 @@ def _sinks(status: dict[str, Any], seen: DeadSeen) -> Iterator[Item]:
         oldest = sink["oldest_pending_s"]
         if oldest is not None and oldest > UNDELIVERED_S:
             text = f"{_many(sink['pending'], 'delivery', 'deliveries')} to {name} not delivered, the oldest for {format_duration(oldest)}{why}"
+            if sink.get("left_alone_until"):
+                text += f"; it asked to be left alone until {sink['left_alone_until']}"
             yield _item("warning", text, _send_now(name, sink))
 
 
 def _send_now(name: str, sink: dict[str, Any]) -> str:
     """A test that arrives ends the rest of a sink; rows that have been tried are sent again at a person's word."""
-    if name in {COMPLETIONS, REJECTED} or sink.get("rate_limited"):
+    if name in {COMPLETIONS, REJECTED} or sink.get("rate_limited") or sink.get("left_alone_until"):
         return f"agentqctl outbox list --sink {quote(name)}"
     if sink["breaker"] in {"open", "half_open"}:
         return f"agentqctl sink test {quote(name)}"
     return f"agentqctl outbox retry ALL --sink {quote(name)} --state retryable"
+
+
+def _secrets(room: Room) -> Iterator[Item]:
+    for name, settings in room.box.settings.sinks.items():
+        for path in open_secrets(settings):
+            text = f"the secret file {path} of the sink {name} is open to every user of this machine"
+            yield _item("warning", text, f"chmod 600 {quote(path)}")
 
 
 def _set_aside(seen: DeadSeen) -> Iterator[Item]:
@@ -171,11 +183,9 @@ def _limits(status: dict[str, Any]) -> Iterator[Item]:
         yield _item("warning", text, None if waits is None else f"agentqctl retry {waits}")
 
 
-def _alerts(room: Room, status: dict[str, Any], alerts: list[AlertSeen], now_us: int) -> Iterator[Item]:
-    for alert in alerts:
-        kind, task_id = alert.type.removeprefix("agentq.alert."), alert.data.get("task_id")
-        if _is_said_above(kind) or _is_over(room, status, kind, alert):
-            continue
+def _alerts(room: Room, status: dict[str, Any], told: list[Told], now_us: int) -> Iterator[Item]:
+    for alert in grouped([each for each in told if not is_over(room, status, each)]):
+        kind, task_id = alert.type.removeprefix(PREFIX), alert.data.get("task_id")
         ago = f"{format_duration(max(0, now_us - alert.at) / US)} ago"
         when = f"{alert.count} times in 24 h, last {ago}" if alert.count > 1 else ago
         text = f"{kind}: {when}: {alert.data.get('message')}"
@@ -185,34 +195,6 @@ def _alerts(room: Room, status: dict[str, Any], alerts: list[AlertSeen], now_us:
         yield _item("error" if kind in _ERRORS else "warning", text, fix or None)
 
 
-def _is_said_above(kind: str) -> bool:
-    """What stands in the items above for as long as it is true: the config's error, the disk, a sink's dead rows, that it is
-    disabled, an entry that was set aside. Once it is not, nobody needs to be told."""
-    return kind in _SAID_ABOVE or (kind.startswith("entry_") and kind != "entry_conflict")
-
-
-def _is_over(room: Room, status: dict[str, Any], kind: str, alert: AlertSeen) -> bool:
-    """Whether what it says is plainly no longer so."""
-    if kind == "stuck":
-        return alert.data.get("task_id") not in {task["id"] for task in status["running"]}
-    if alert.sink is None or kind not in {"undelivered", *_CANNOT_SEND}:
-        return False
-    sink = status["sinks"].get(alert.sink)
-    if sink is None or not sink["in_config"]:
-        return True  # what waits there is named by itself
-    if sink["pending"] + sink["held"] == 0 and not sink["last_error"]:
-        return True
-    runner = room.parts.delivery.runners.get(alert.sink)
-    return (
-        kind in _CANNOT_SEND
-        and runner is not None
-        and runner.delivered_us is not None
-        and runner.delivered_us > alert.at
-    )
-
-
-_SAID_ABOVE: Final = frozenset({"bad_config", "sink_disabled", "dead_letter", "disk_low"})
-_CANNOT_SEND: Final = frozenset({"webhook_secret", "email_setup"})  # until something is delivered
 _FIXES: Final = {
     "line_rejected": "tail {0}",
     "dead_letter": "agentqctl outbox list --state dead",

@@ -48,7 +48,14 @@ async def _checks(room: Room) -> AsyncIterator[Check]:
     """In the order in which a person would look."""
     yield await _journal_writes(room)
     yield await asyncio.to_thread(_journal_whole, room.box.journal.path)
-    for found in (*_disk(room), *_queue_folder(room), *_supervisor(room), *_config(room), *_control(room)):
+    for found in (
+        *_disk(room),
+        *_queue_folder(room),
+        *_supervisor(room),
+        *_draining(room),
+        *_config(room),
+        *_control(room),
+    ):
         yield found
     for found in (*_inotify(), *_descriptors(), *await _clock(room), *await _sinks(room)):
         yield found
@@ -152,6 +159,13 @@ def _supervisor(room: Room) -> Iterator[Check]:
         yield check("supervisor", "ok", f"pid {link.welcome.pid}, version {link.welcome.version}")
 
 
+def _draining(room: Room) -> Iterator[Check]:
+    box = room.box
+    if box.draining:
+        text = f"since {format_time(box.draining_since_us)}: nothing new is accepted over the socket or started; a restart does not end it"
+        yield check("draining", "warning", text, "agentqctl drain --off")
+
+
 def _config(room: Room) -> Iterator[Check]:
     reload = room.parts.reload
     if reload.last_error is not None:
@@ -230,12 +244,14 @@ async def _clock(room: Room) -> list[Check]:
 
 
 async def _sinks(room: Room) -> list[Check]:
-    sums = (await room.box.journal.read(queries.counts)).outbox
+    read = room.box.journal.read
+    sums, aside = (await read(queries.counts)).outbox, (await read(queries.dead_seen)).aside_rows
     dead = {sink: n for sink, state, n in sums if state == "dead"}
+    revived = await read(queries.revived) if dead else set()
     found = []
     for name in sorted({COMPLETIONS, *room.box.settings.sinks, *dead}):
         runner = room.parts.delivery.runners.get(name)
-        many = f"{dead[name]} dead letters; " if name in dead else ""
+        many = _many_dead(dead.get(name, 0), aside.get(name, 0))
         fix = f"agentqctl outbox list --sink {quote(name)} --state dead" if name in dead else None
         if runner is None:
             known = name in room.box.settings.sinks or name == COMPLETIONS
@@ -254,10 +270,17 @@ async def _sinks(room: Room) -> list[Check]:
                 )
             )
         elif many:
-            found.append(check(f"sink {name}", "warning", f"{many}it works now", fix))
+            now = "it works now" if name in revived else "nothing is known to have arrived there since"
+            found.append(check(f"sink {name}", "warning", f"{many}{now}", fix))
         else:
             found.append(check(f"sink {name}", "ok", "no errors"))
     return found
+
+
+def _many_dead(dead: int, aside: int) -> str:
+    """`aside`: those of them that no receiver was asked to take."""
+    letters = f"{dead - aside} dead letters; " if dead > aside else ""
+    return letters + (f"{aside} set aside; " if aside else "")
 
 
 ROUTES: Final = (

@@ -136,6 +136,8 @@ def _changing(event: RowEvent) -> Handler:
         def unit(tx: Transaction, rows: list[Row]) -> Tally:
             chosen, tally = choose(tx, event, rows)
             rowchanges.change(tx, event, chosen, flying)
+            if event is RowEvent.RETRY_REQUESTED:
+                tx.after_commit(lambda: _lift(room, {row.sink for row in chosen}))
             return tally
 
         if asked.dry_run:
@@ -150,6 +152,14 @@ def _changing(event: RowEvent) -> Handler:
         return answer(counts | rowchoice.said(tally) | unknown | more)
 
     return handler
+
+
+def _lift(room: Room, sinks: set[str]) -> None:
+    """A person wants them tried now, whatever their receivers have asked for."""
+    for name in sinks:
+        runner = room.parts.delivery.runners.get(name)
+        if runner is not None:
+            runner.lift()
 
 
 async def _unknown(room: Room, asked: Asked) -> dict[str, list[str]]:

@@ -23,6 +23,7 @@ OLDEST_SEEN_MAX: Final = 500
 ACTIVE_SEEN_MAX: Final = 1000
 LIMITED_SEEN_MAX: Final = 1000
 DEAD_SEEN_MAX: Final = 1000
+DELIVERED_SEEN_MAX: Final = 100_000  # of the newest entries, for one sink at a time
 
 TASK_COLUMNS: Final = (
     "seq, id, name, queue, runner, priority, state, result, reason, detail, run, attempt, run_attempts, submitted_at,"
@@ -72,11 +73,20 @@ LIMITED_READY: Final = "SELECT id FROM tasks WHERE state = 'queued' AND queue = 
 PAUSED: Final = "SELECT queue, at FROM paused_queues"
 SPEC: Final = "SELECT spec FROM tasks WHERE seq = ?"
 ALERTS: Final = "SELECT type, at, delivery_id, payload FROM entries WHERE kind = 'alert' AND at >= ? ORDER BY at DESC LIMIT ?"
+TASK_NOW: Final = "SELECT state, result, attempt FROM tasks WHERE id = ?"
+ROW_NOW: Final = "SELECT o.state FROM entries e JOIN outbox o ON o.entry_seq = e.seq WHERE e.delivery_id = ? AND o.sink = ?"
 NEWEST_DEAD: Final = (
     "SELECT o.sink, o.last_error, e.kind, e.delivery_id, e.key, t.id FROM outbox o JOIN entries e ON e.seq = o.entry_seq"
     " LEFT JOIN tasks t ON t.seq = e.task_seq"
     " WHERE o.state IN ('held','dead') AND o.state = 'dead' ORDER BY o.entry_seq DESC LIMIT ?"  # the index's own condition
 )
+DEAD_SINCE: Final = (  # the newest word about each: its last try, or that it was set aside
+    "SELECT o.sink, max(o.created_at,"
+    " coalesce((SELECT max(t.at) FROM tries t WHERE t.entry_seq = o.entry_seq AND t.sink = o.sink), 0)) FROM outbox o"
+    " WHERE o.state IN ('held','dead') AND o.state = 'dead' ORDER BY o.entry_seq DESC LIMIT ?"
+)
+NEWEST_ENTRY: Final = "SELECT max(seq) FROM entries"
+DELIVERED_SINCE: Final = "SELECT 1 FROM outbox WHERE entry_seq > ? AND +sink = ? AND +state = 'delivered' AND delivered_at > ? LIMIT 1"
 OLDEST_OPEN: Final = (
     "SELECT min(created_at) FROM (SELECT created_at FROM outbox"
     " WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at IS NOT NULL ORDER BY due_at LIMIT ?)"
@@ -137,6 +147,14 @@ class Counts(NamedTuple):
 
     tasks: list[tuple[str, str, str, int]]  # queue, state, result (or ''), n
     outbox: list[tuple[str, str, int]]  # sink, state, n
+
+
+class AlertRow(NamedTuple):
+    type: str
+    sink: str | None
+    at: int
+    delivery_id: str
+    data: dict[str, Any]
 
 
 class AlertSeen(msgspec.Struct, frozen=True):
@@ -244,20 +262,14 @@ def written(connection: sqlite3.Connection, seq: int) -> Written:
     return _decode_written(row[0]) if row is not None else Written()
 
 
-def alerts_since(connection: sqlite3.Connection, since_us: int) -> list[AlertSeen]:
-    """The alerts since then by type and sink, newest first; of very many only the newest are counted."""
-    newest: dict[tuple[str, str | None], tuple[int, str, dict[str, Any]]] = {}
-    seen: dict[tuple[str, str | None], int] = {}
+def alerts_since(connection: sqlite3.Connection, since_us: int) -> list[AlertRow]:
+    """The alerts since then, newest first; of very many only the newest."""
+    found = []
     for type_, at, entry_id, payload in connection.execute(ALERTS, (since_us, ALERTS_SEEN_MAX)):
         data = _decode_envelope(payload).data if payload is not None else {}
         sink = data.get("sink")
-        about = (type_, sink if isinstance(sink, str) else None)
-        newest.setdefault(about, (at, entry_id, data))
-        seen[about] = seen.get(about, 0) + 1
-    return [
-        AlertSeen(type_, sink, at, entry_id, seen[type_, sink], data)
-        for (type_, sink), (at, entry_id, data) in newest.items()
-    ]
+        found.append(AlertRow(type_, sink if isinstance(sink, str) else None, at, entry_id, data))
+    return found
 
 
 def dead_seen(connection: sqlite3.Connection) -> DeadSeen:
@@ -272,6 +284,20 @@ def dead_seen(connection: sqlite3.Connection) -> DeadSeen:
         else:
             reasons.setdefault(sink, reason)
     return DeadSeen(reasons, list(aside.values()), rows)
+
+
+def revived(connection: sqlite3.Connection) -> set[str]:
+    """The sinks with dead rows to which something was delivered since the newest of those died. Of very many entries only the
+    newest are looked at: a sink that is not among them is not known to work."""
+    died: dict[str, int] = {}
+    for sink, at in connection.execute(DEAD_SINCE, (DEAD_SEEN_MAX,)):
+        died[sink] = max(at, died.get(sink, 0))
+    floor = (connection.execute(NEWEST_ENTRY).fetchone()[0] or 0) - DELIVERED_SEEN_MAX
+    return {
+        sink
+        for sink, at in died.items()
+        if connection.execute(DELIVERED_SINCE, (floor, sink, at)).fetchone() is not None
+    }
 
 
 def oldest_open(connection: sqlite3.Connection, sink: str) -> int | None:

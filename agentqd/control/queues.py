@@ -9,6 +9,9 @@ from aiohttp import web
 from agentqd.control.room import Room
 from agentqd.control.route import Call, Handler, NoSuchQueue, Route, answer, is_text, known_fields
 from agentqd.core.errors import IllegalTransition, InvalidRequest
+from agentqd.core.units import format_time
+from agentqd.loops.box import Box
+from agentqd.storage import draining
 from agentqd.storage.transaction import Transaction
 
 
@@ -61,9 +64,19 @@ async def drain(call: Call) -> web.StreamResponse:
     on = body.get("on")
     if not isinstance(on, bool):
         raise InvalidRequest('the body is {"on": true} or {"on": false}', field="on")
-    call.room.parts.set_draining(on)
-    call.room.box.log.info("draining" if on else "draining_ended")
-    return answer({"draining": on})
+    box = call.room.box
+    await box.journal.commit(lambda tx: _set_draining(tx, box, on=on))
+    box.log.info("draining" if on else "draining_ended")
+    return answer({"draining": on, "since": format_time(box.draining_since_us)})
+
+
+def _set_draining(tx: Transaction, box: Box, *, on: bool) -> None:
+    """A unit. As with a pause, the scheduler hears of it before the claims that ride on this very commit."""
+    if on:
+        box.drain(draining.begin(tx))
+    else:
+        draining.end(tx)
+        box.drain(None)
 
 
 _MISSING: Final = {404: "no_such_queue"}
@@ -87,7 +100,7 @@ ROUTES: Final = (
     Route(
         "POST",
         "/v1/drain",
-        "Accept nothing new over the socket and start nothing; `false` ends it.",
+        "Accept nothing new over the socket and start nothing, over restarts too, until `false` ends it.",
         drain,
         body={"type": "object", "required": ["on"], "properties": {"on": {"type": "boolean"}}},
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -31,7 +31,6 @@ class Parts:
     reload: Reload
     started_monotonic_s: float
     version: str
-    set_draining: Callable[[bool], None]
     outside: OutsideClaims
 
 

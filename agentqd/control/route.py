@@ -11,6 +11,7 @@ import msgspec
 from aiohttp import web
 
 from agentqd.control.room import Room
+from agentqd.core.doubled import DoubledKey, refuse_doubled_keys
 from agentqd.core.errors import EXIT_OTHER, AgentqError, InvalidRequest
 
 Kind = Literal["string", "integer", "number"]
@@ -89,6 +90,10 @@ class Call:
             raise InvalidRequest(f"the body is not JSON: {error}"[:300]) from None
         if not isinstance(value, dict):
             raise InvalidRequest("the body is one JSON object")
+        try:
+            refuse_doubled_keys(raw)
+        except DoubledKey as error:
+            raise InvalidRequest(str(error), field=error.name) from None
         return value
 
 

@@ -240,7 +240,7 @@ ROUTES: Final = (
     Route(
         "POST",
         "/v1/sinks/{name}/enable",
-        "Send to it again; what was held because it was disabled is released.",
+        "Send to it again; what was held because it was disabled is released, and that it asked to be left alone is lifted.",
         enable_sink,
         body={"type": "object"},
         more_statuses={404: "no_such_sink"},

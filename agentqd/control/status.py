@@ -11,7 +11,8 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
-from agentqd.control import queries, sinks
+from agentqd.control import alerts, queries, sinks
+from agentqd.control.alerts import Told, grouped
 from agentqd.control.attention import Journaled, attention
 from agentqd.control.queries import AlertSeen, Counts, DeadSeen
 from agentqd.control.reasons import reasons_by_queue
@@ -44,11 +45,15 @@ class Seen(msgspec.Struct):
     stopping_since: dict[str, int]
     oldest_ready: dict[str, int | None]
     sinks: SinksSeen
-    alerts: list[AlertSeen]
+    told: list[Told]
     dead: DeadSeen
     sources: list[tuple[str, int, int, int, str]]
     limits: dict[str, RunnerLimit]
     limited: dict[str, str]  # by runner: a task that waits for its limit
+
+    @property
+    def alerts(self) -> list[AlertSeen]:
+        return grouped(self.told)
 
 
 def look(connection: sqlite3.Connection, now_us: int) -> Seen:
@@ -73,7 +78,7 @@ def look(connection: sqlite3.Connection, now_us: int) -> Seen:
         stopping_since=stopping_since,
         oldest_ready={queue: queries.oldest_ready(connection, queue) for queue in ready},
         sinks=sinks.look(connection),
-        alerts=queries.alerts_since(connection, now_us - ALERTS_OF_US),
+        told=alerts.look(connection, now_us - ALERTS_OF_US),
         dead=queries.dead_seen(connection),
         sources=connection.execute(queries.SOURCES).fetchall(),
         limits=limits,
@@ -115,7 +120,7 @@ async def status_view(room: Room) -> dict[str, Any]:
         "intake": _intake(room, seen),
         "disk": _disk(room),
     }
-    view["attention"] = attention(room, view, Journaled(seen.stopping_since, seen.alerts, seen.dead), now)
+    view["attention"] = attention(room, view, Journaled(seen.stopping_since, seen.told, seen.dead), now)
     return view
 
 
@@ -131,6 +136,7 @@ def _daemon(room: Room) -> dict[str, Any]:
         "epoch": room.box.journal.epoch,
         "rss_bytes": rss_bytes(),
         "draining": room.box.draining,
+        "draining_since": format_time(room.box.draining_since_us),
         "state_dir": room.box.folders.state,
         "config": room.config_path,
     }

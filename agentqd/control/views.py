@@ -166,7 +166,7 @@ def outbox_view(room: Room, row: OutboxRow) -> dict[str, Any]:
         "state": shown_state(room, row.entry_seq, row.sink, row.state),
         "attempts": row.attempts,
         "created_at": format_time(row.created_at),
-        "next_try_at": format_time(row.due_at),
+        "next_try_at": None if row.state == "held" else format_time(row.due_at),
         "delivered_at": format_time(row.delivered_at),
         "last_error": row.last_error,
         "bytes": row.bytes,

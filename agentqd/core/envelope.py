@@ -16,6 +16,7 @@ import msgspec
 from agentqd.core.units import format_time
 
 Kind = Literal["result", "entry", "broken", "alert", "rejection"]  # broken: an entry that was set aside
+TEST_TYPE: Final = "agentq.test"  # a person's test of a sink
 _DATA: Final = b',"data":'
 _encode = msgspec.json.Encoder().encode
 

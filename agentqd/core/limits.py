@@ -110,6 +110,9 @@ BREAKER_RATIO = 0.7  # of the last ten tries, within five minutes
 BREAKER_WINDOW_S = 300.0
 BREAKER_OPEN_S = 60.0
 BREAKER_OPEN_MAX_S = 900.0
+LEFT_ALONE_MAX_S = (
+    BREAKER_OPEN_MAX_S  # a sink whose receiver asks for it (Retry-After); the row itself waits longer
+)
 
 # The laptop's spool, for each box.
 SPOOL_ENTRIES_MAX = 10_000

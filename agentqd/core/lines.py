@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from agentqd.core.doubled import DoubledKey, refuse_doubled_keys
 from agentqd.core.errors import InvalidTask
 from agentqd.core.task import FIELD_NAMES, TaskRequest, check_task
 from agentqd.core.units import decode_unit
@@ -116,10 +117,18 @@ def split_glued(raw: bytes) -> tuple[bytes, bytes] | None:
 
 
 def _is_task(raw: bytes) -> bool:
-    """Whether `core.task.read_task` would take it; without the cost of saying why not."""
+    """Whether `core.task.read_written_task` would take it; without the cost of saying why not."""
     try:
         check_task(_task_decoder.decode(raw))
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError, InvalidTask):
+        refuse_doubled_keys(raw)
+    except (
+        msgspec.DecodeError,
+        msgspec.ValidationError,
+        UnicodeDecodeError,
+        RecursionError,
+        InvalidTask,
+        DoubledKey,
+    ):
         return False
     return True
 

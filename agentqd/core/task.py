@@ -4,7 +4,9 @@ Promises:
 1. `read_task` returns a `TaskRequest` or raises `InvalidTask` whose message says what is wrong, names the field and,
    for an unknown field, the nearest known one. It never returns a half-checked task.
 2. The fast path is one typed decode; the friendly message is worked out only after that has failed.
-3. `content_digest` is equal for two writings of the same task (field order, `45m` or 2700) and never depends on
+3. `read_written_task` is `read_task` for what comes from outside: there a key that stands twice is an error too. (What the
+   journal holds was accepted once and is read as it was then.)
+4. `content_digest` is equal for two writings of the same task (field order, `45m` or 2700) and never depends on
    `id`, `submitted_at` or the path of `prompt_ref`, but on the prompt's own bytes.
 """
 
@@ -20,6 +22,7 @@ from typing import Any, Final
 import msgspec
 
 from agentqd.core import limits
+from agentqd.core.doubled import DoubledKey, refuse_doubled_keys
 from agentqd.core.errors import InvalidTask
 from agentqd.core.settings import AfterPolicy, Conflict, OnLost
 from agentqd.core.units import Backoff, Duration, Size, decode_unit, encode_unit, parse_time_us
@@ -99,6 +102,11 @@ class TaskRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 FIELD_NAMES: Final = tuple(TaskRequest.__struct_fields__)
 
 
+_BELOW: Final = {  # what is written one object too high
+    **{name: f"expect.files[].{name}" for name in ExpectFile.__struct_fields__},
+    **{name: f"expect.{name}" for name in Expect.__struct_fields__},
+}
+
 _decoder: Final = msgspec.json.Decoder(TaskRequest, dec_hook=decode_unit)
 _canonical: Final = msgspec.json.Encoder(order="sorted")
 
@@ -118,6 +126,16 @@ def task_from_fields(fields: dict[str, Any]) -> TaskRequest:
     return read_task(msgspec.json.encode(fields))
 
 
+def read_written_task(raw: bytes) -> TaskRequest:
+    """`read_task`, and no key stands twice in any of its objects: which of the two was meant is not ours to guess."""
+    task = read_task(raw)
+    try:
+        refuse_doubled_keys(raw)
+    except DoubledKey as error:
+        raise InvalidTask(str(error), code="duplicate_field", field=error.name) from None
+    return task
+
+
 def _explain(raw: bytes, error: Exception) -> InvalidTask:
     """The second, slow look: what a person needs to mend the line."""
     try:
@@ -129,14 +147,14 @@ def _explain(raw: bytes, error: Exception) -> InvalidTask:
             f"a NUL byte at offset {text.index(chr(0))}; a line is plain JSON text", code="invalid_json"
         )
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as bad:
         return InvalidTask(f"not JSON: {bad}"[:300], code="invalid_json")
     if not isinstance(value, dict):
         return InvalidTask(f"a task is one JSON object, not {_kind(value)}", code="invalid_json")
     for name in value:
         if name not in FIELD_NAMES:
-            return unknown_field(str(name), FIELD_NAMES)
+            return unknown_field(str(name), FIELD_NAMES, elsewhere=_BELOW)
     if "task" not in value:
         return InvalidTask("the field task (its name) is missing", code="missing_field", field="task")
     message = str(error)
@@ -144,19 +162,28 @@ def _explain(raw: bytes, error: Exception) -> InvalidTask:
     field = where[1] if where else None
     what = re.sub(r" - at `\$[^`]*`", "", message)
     if field and (unknown := re.search(r"contains unknown field `([^`]*)`", message)):
-        known = ExpectFile.__struct_fields__ if "files" in field else Expect.__struct_fields__
-        return unknown_field(unknown[1], known, inside=field)
+        if "files" in field:
+            return unknown_field(unknown[1], ExpectFile.__struct_fields__, inside=field)
+        return unknown_field(unknown[1], Expect.__struct_fields__, inside=field, elsewhere=_BELOW)
     shown = f"{field}: {plain(what, (field,), TaskRequest)}" if field else what
     return InvalidTask(
         shown[:400], code="invalid_field", field=(field or "").split(".")[0].split("[")[0] or None
     )
 
 
-def unknown_field(name: str, known: tuple[str, ...], inside: str | None = None) -> InvalidTask:
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def unknown_field(
+    name: str, known: tuple[str, ...], inside: str | None = None, elsewhere: dict[str, str] | None = None
+) -> InvalidTask:
+    """`elsewhere`: fields of other objects of a task and where they stand; meant are they only if nothing `known` is nearer."""
     name = (
         name[:80].encode("utf-8", "backslashreplace").decode()
     )  # JSON can name what UTF-8 cannot (a lone surrogate)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    places = {**(elsewhere or {}), **{each: each for each in known}}
+    near = [places[each] for each in difflib.get_close_matches(name, places, n=1, cutoff=0.5)]
     hint = f"; did you mean {near[0]}?" if near else f"; known fields: {', '.join(known)}"
     where = f" in {inside}" if inside else ""
     return InvalidTask(

@@ -21,6 +21,7 @@ from agentqd.control.server import ControlServer, Parts
 from agentqd.core.errors import ConfigError, JournalError
 from agentqd.core.folders import Folders
 from agentqd.core.settings import Settings
+from agentqd.core.units import format_time
 from agentqd.daemon.folders import group_id, make_ready
 from agentqd.daemon.logs import make_log
 from agentqd.loops.box import Box, Log
@@ -73,7 +74,6 @@ class _Daemon:
         self.notifier = Notifier.from_environment(os.environ)
         self.stop = asyncio.Event()
         self.hangup = asyncio.Event()
-        self.draining = False
         self.started_s = self.clock.monotonic_s()
         self.state_id = load_state_id(options.folders.state_id)
         self.opened = 0
@@ -157,7 +157,6 @@ async def _serve_once(daemon: _Daemon, gid: int | None) -> None:
     box = Box(
         folders, journal, daemon.settings, daemon.state_id, socket.gethostname(), daemon.clock, daemon.log
     )
-    box.draining = daemon.draining
     supervision = Supervision(box, watchers[1], may_start_supervisor=not daemon.notifier.on)
     try:
         await _run_loops(daemon, box, supervision, watchers, gid)
@@ -198,10 +197,6 @@ async def _run_loops(
 
     box.on_settings.append(keep_settings)
 
-    def set_draining(on: bool) -> None:
-        daemon.draining = box.draining = on
-        supervision.scheduler.wake()
-
     parts = Parts(
         supervision=supervision,
         delivery=delivery,
@@ -209,7 +204,6 @@ async def _run_loops(
         reload=reload,
         started_monotonic_s=daemon.started_s,
         version=__version__,
-        set_draining=set_draining,
         outside=outside,
     )
     control = ControlServer(box, parts)
@@ -260,6 +254,8 @@ def _say_ready(daemon: _Daemon, box: Box) -> None:
         config=daemon.options.config if daemon.sha256 else None,
         queue_file=box.folders.queue_file,
     )
+    if box.draining:
+        daemon.log.warning("still_draining", since=format_time(box.draining_since_us))
     daemon.notifier.ready(f"epoch {box.journal.epoch}")
     gc.collect()
     gc.freeze()  # what start-up made stays: later collections need not walk it

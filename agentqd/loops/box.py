@@ -65,7 +65,8 @@ class Box:
         self.name = name
         self.clock = clock
         self.log = log
-        self.draining = False
+        self.draining = False  # by a person's word, which the journal keeps
+        self.draining_since_us: int | None = None
         self.disk_low = False
         self.beats: dict[str, float] = {}
         self.on_settings: list[Callable[[], None]] = []
@@ -83,6 +84,10 @@ class Box:
     def concurrency(self, queue: str) -> int:
         options = self.settings.queues.get(queue)
         return (options.concurrency if options else None) or slots_default()
+
+    def drain(self, since_us: int | None) -> None:
+        """Accept and start nothing more, or (None) do so again."""
+        self.draining, self.draining_since_us = since_us is not None, since_us
 
     def beat(self, loop: str) -> None:
         """A loop has done a turn of its work: feeds the watchdog and the stalled-loop alert."""

@@ -1,4 +1,5 @@
-"""Watch the work, not the processes: ready tasks that nobody starts, results that nobody gets, loops that stand still, disks that fill."""
+"""Watch the work, not the processes: ready tasks that nobody starts, results that nobody gets, loops that stand still, disks that fill,
+secrets that lie open."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from agentqd.core.task import read_task
 from agentqd.core.units import format_duration
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
+from agentqd.loops.notices import SecretWatch
 from agentqd.loops.supervision import Supervision
 from agentqd.storage import tasks as store
 from agentqd.storage.transaction import Transaction
@@ -22,10 +24,17 @@ _EVERY_S: Final = 5.0
 _OVERDUE_ROWS: Final = 200
 
 
+def stalled(box: Box) -> list[str]:
+    """Loops that have not turned for too long."""
+    now, most = box.clock.monotonic_s(), float(box.settings.alerts.stalled_loop)
+    return [name for name, at in box.beats.items() if now - at > most]
+
+
 class Liveness:
     def __init__(self, box: Box, supervision: Supervision) -> None:
         self.box = box
         self._supervision = supervision
+        self._secrets = SecretWatch(box)
         self._reserve = f"{box.folders.state}/.reserve"
 
     async def run(self) -> None:
@@ -36,12 +45,11 @@ class Liveness:
             await self._check_queues()
             await self._check_deliveries()
             await self._check_loops()
+            await self._secrets.look()
             await asyncio.sleep(_EVERY_S)
 
     def stalled(self) -> list[str]:
-        """Loops that have not turned for too long."""
-        now, most = self.box.clock.monotonic_s(), float(self.box.settings.alerts.stalled_loop)
-        return [name for name, at in self.box.beats.items() if now - at > most]
+        return stalled(self.box)
 
     def _bucket(self) -> int:
         """Alerts that stay true are repeated, once in `alerts.repeat_every`."""
@@ -156,5 +164,7 @@ class Liveness:
             message = f"the loop {name} has not turned for more than {format_duration(float(self.box.settings.alerts.stalled_loop))}"
             key = f"{name}:{self._bucket()}"
             await self.box.journal.commit(
-                lambda tx, message=message, key=key: alert(tx, self.box, "stalled_loop", message, key=key)  # type: ignore[misc]
+                lambda tx, message=message, key=key, name=name: alert(
+                    tx, self.box, "stalled_loop", message, key=key, loop=name
+                )  # type: ignore[misc]
             )

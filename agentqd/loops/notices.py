@@ -1,4 +1,5 @@
-"""What a plug has noticed besides its outcomes (a file replaced, a host key changed) becomes an alert."""
+"""What is noticed about sinks besides their outcomes becomes an alert: by a plug (a file replaced, a host key changed), and
+secret files that lie open."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from agentqd.core.settings import Sink as SinkSettings
 from agentqd.loops.alerts import alert
 from agentqd.loops.box import Box
 from agentqd.sinks.base import Sink
-from agentqd.sinks.secretfile import open_to_all
+from agentqd.sinks.secretfile import open_since_ns
 from agentqd.storage.transaction import Transaction
 
 
@@ -32,17 +33,38 @@ def secret_files(settings: SinkSettings) -> list[str]:
     return [*named, *(each for each in (settings.password_file, settings.urls_file) if each is not None)]
 
 
-def tell_open_secrets(box: Box, name: str, settings: SinkSettings) -> None:
-    """A secret that every user of the machine can read is used, and told: in the log, and once as an alert."""
-    told = [path for path in secret_files(settings) if open_to_all(path)]
-    if not told:
-        return
+def open_secrets(settings: SinkSettings) -> dict[str, int]:
+    """Of these, those that every user of this machine may read or write now, and when each was last changed (ns)."""
+    found = {path: open_since_ns(path) for path in secret_files(settings)}
+    return {path: since for path, since in found.items() if since is not None}
 
-    def unit(tx: Transaction) -> None:
-        for path in told:
-            text = f"{name}: the secret file {path} is open to every user of this machine; chmod 600 it"
-            alert(tx, box, "secret_file", text, key=f"{name}:{path}", group=name, sink=name)
 
-    for path in told:
-        box.log.warning("secret_file_open", sink=name, file=path)
-    box.journal.submit(unit)
+class SecretWatch:
+    """A secret that every user of the machine can read is used, and told each time that it becomes so: in the log, and as an alert."""
+
+    def __init__(self, box: Box) -> None:
+        self._box = box
+        self._told: set[tuple[str, str]] = set()  # (sink, file), as long as it is so
+
+    async def look(self) -> None:
+        """Called every few seconds: a `stat` of each file. Raises JournalError."""
+        found = {
+            (name, path): since
+            for name, settings in self._box.settings.sinks.items()
+            for path, since in open_secrets(settings).items()
+        }
+        fresh = sorted(found.keys() - self._told)
+        if fresh:
+
+            def unit(tx: Transaction) -> None:
+                for name, path in fresh:
+                    text = (
+                        f"{name}: the secret file {path} is open to every user of this machine; chmod 600 it"
+                    )
+                    key = f"{name}:{path}:{found[name, path]}"  # the same after a restart
+                    alert(tx, self._box, "secret_file", text, key=key, group=name, sink=name, file=path)
+
+            for name, path in fresh:
+                self._box.log.warning("secret_file_open", sink=name, file=path)
+            await self._box.journal.commit(unit)
+        self._told = set(found)

@@ -16,10 +16,8 @@ from agentqd.storage import outbox
 from agentqd.storage.outbox import Mark
 from agentqd.storage.transaction import Transaction
 
-_OPEN_ROWS: Final = "SELECT entry_seq, state, attempts FROM outbox WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at IS NOT NULL LIMIT ?"
-_HELD_ROWS: Final = (
-    "SELECT entry_seq FROM outbox WHERE state = 'held' AND sink = ? AND substr(last_error, 1, ?) = ? LIMIT ?"
-)
+_OPEN_ROWS: Final = "SELECT entry_seq, state, attempts, due_at FROM outbox WHERE sink = ? AND state IN ('pending','delivering','retryable') AND due_at IS NOT NULL LIMIT ?"
+_HELD_ROWS: Final = "SELECT entry_seq, due_at FROM outbox WHERE state = 'held' AND sink = ? AND substr(last_error, 1, ?) = ? LIMIT ?"
 _HELD_COUNT: Final = (
     "SELECT count(*) FROM outbox WHERE state = 'held' AND sink = ? AND substr(last_error, 1, ?) = ?"
 )
@@ -35,15 +33,16 @@ _EXPIRED: Final = (
 
 
 def hold_open(tx: Transaction, sink: str, in_flight: frozenset[int]) -> int:
-    """Hold what is open, but for what is being sent; returns how many. None once the sink is enabled again."""
+    """Hold what is open, but for what is being sent; returns how many. None once the sink is enabled again. A row keeps the time
+    of its next try: being held does not bring it forward."""
     reason = sinkmemory.load_all(tx, sink).why_disabled
     if reason is None:
         return 0
     text = f"{DISABLED}{reason}"[:SINK_ERROR_CHARS_MAX]
     rows = tx.execute(_OPEN_ROWS, (sink, ROWS_A_COMMIT + len(in_flight))).fetchall()
     marks = [
-        Mark(seq, sink, RowState(state), RowEvent.HELD, attempts, None, None, text)
-        for seq, state, attempts in rows
+        Mark(seq, sink, RowState(state), RowEvent.HELD, attempts, due_at, None, text)
+        for seq, state, attempts, due_at in rows
         if seq not in in_flight
     ]
     held = len(outbox.mark(tx, marks))
@@ -59,14 +58,16 @@ def held_by_it(tx: Transaction, sink: str) -> int:
 
 
 def release_disabled(tx: Transaction, sink: str) -> int:
-    """Release what was held because the sink was disabled (not what a person holds); returns how many. Once none is left,
-    the journal says so: a daemon that dies in between goes on releasing. None while it is disabled (again)."""
+    """Release what was held because the sink was disabled (not what a person holds); returns how many. A row whose next try
+    lay later waits for that (its receiver may have asked for it). Once none is left, the journal says so: a daemon that dies in
+    between goes on releasing. None while it is disabled (again)."""
     kept = sinkmemory.load_all(tx, sink)
     if kept.why_disabled is not None:
         return 0
     rows = tx.execute(_HELD_ROWS, (sink, len(DISABLED), DISABLED, ROWS_A_COMMIT)).fetchall()
-    for (seq,) in rows:
-        outbox.change_row(tx, seq, sink, RowEvent.RELEASED, due_at=tx.now_us, last_error=None)
+    for seq, due_at in rows:
+        later = max(tx.now_us, due_at or 0)
+        outbox.change_row(tx, seq, sink, RowEvent.RELEASED, due_at=later, last_error=None)
     if rows:
         tx.event(None, "sink_rows_released", sink=sink, count=len(rows))
     if len(rows) < ROWS_A_COMMIT and kept.word.releasing:

@@ -16,7 +16,7 @@ from agentqd.core.lifecycle import Event
 from agentqd.core.resolve import Placement, placement, resolve
 from agentqd.core.routing import forbidden, known_sink
 from agentqd.core.settings import Conflict, Settings
-from agentqd.core.task import TaskRequest, content_digest, derived_id, prompt_digest, read_task
+from agentqd.core.task import TaskRequest, content_digest, derived_id, prompt_digest, read_written_task
 from agentqd.core.units import parse_time_us
 from agentqd.core.waking import next_wake_us, wake_times
 from agentqd.loops.box import Box
@@ -43,7 +43,7 @@ def prepare(raw: bytes, source: dict[str, Any], place: bytes, box: Box) -> Candi
 
     `place` identifies the line in its file (for tasks that bring no id and no submitted_at).
     """
-    request = read_task(raw)
+    request = read_written_task(raw)
     settings = box.settings
     where = placement(request, settings)
     _check_names(request, where, settings)

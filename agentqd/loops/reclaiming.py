@@ -58,6 +58,7 @@ def tell_lapsed(tx: Transaction, box: Box, lapse: Lapse) -> bool:
         message,
         task=task,
         key=f"{task.attempt}:{lapse.last_sign_us}",
+        attempt=task.attempt,
         paths=paths[:_SHOWN_PATHS],
         waiting=waiting,
         last_sign_at=format_time(lapse.last_sign_us),

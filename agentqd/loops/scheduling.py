@@ -18,7 +18,7 @@ import msgspec
 from agentqd.core.lifecycle import Event, State
 from agentqd.loops.box import Box
 from agentqd.loops.usage_limits import USAGE_LIMIT
-from agentqd.storage import runner_limits
+from agentqd.storage import draining, runner_limits
 from agentqd.storage import tasks as store
 from agentqd.storage.tasks import TaskRow
 from agentqd.storage.transaction import Transaction
@@ -58,9 +58,10 @@ class Scheduler:
         self._closed: frozenset[str] = frozenset()  # runners whose usage limit was reached then
 
     async def load(self) -> None:
-        """What a person has paused stays paused over a restart."""
+        """What a person has paused stays paused over a restart, and a box that drains goes on draining."""
         rows = await self._box.journal.read(lambda c: c.execute("SELECT queue FROM paused_queues").fetchall())
         self.paused = frozenset(row[0] for row in rows)
+        self._box.drain(await self._box.journal.read(draining.since_us))
 
     def is_paused(self, queue: str) -> bool:
         """By a person's word, or by the config."""

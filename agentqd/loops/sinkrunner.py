@@ -30,7 +30,7 @@ from agentqd.loops.backlog import Backlog, OrderedBacklog
 from agentqd.loops.box import Box, Signal
 from agentqd.loops.gate import Gate
 from agentqd.loops.marking import mark_for, mark_found
-from agentqd.loops.notices import tell_notices, tell_open_secrets
+from agentqd.loops.notices import tell_notices
 from agentqd.loops.recording import Answered, Recorder
 from agentqd.loops.sending import Unfit, send
 from agentqd.loops.sinkmemory import Kept, SinkMemory, Word
@@ -83,12 +83,8 @@ class SinkRunner:
         self._under_way = 0
         self._waits_for_send = False  # the end of a send may let another begin
         self._recorder = Recorder(box, name, self._keep, self._marked)
-        self._chores: dict[
-            str, Callable[[Transaction], int]
-        ] = {}  # moves of many rows, some hundred a commit
-        self._said: Word | None = (
-            None  # by a person, since this runner began: newer than what it reads while it opens
-        )
+        self._chores: dict[str, Callable[[Transaction], int]] = {}  # some hundred rows a commit
+        self._said: Word | None = None  # a person's, since this runner began: newer than what it reads
         self._heard_of_s: float | None = None
         self._sent_s = 0.0
 
@@ -160,15 +156,20 @@ class SinkRunner:
         now = self.box.clock.monotonic_s()
         if self._heard_of_s is not None and now < self._heard_of_s + CONTACT_EVERY_S:
             return
-        if self.gate.breaker.state is not BreakerState.OPEN and self.backlog.look_at is None:
+        if not self.gate.rests and self.backlog.look_at is None:
             return  # nothing waits for it
         self._heard_of_s = now
         self.wake()
 
     def wake(self) -> None:
         """It is there, somebody has seen it: an open breaker probes at once, deferred rows are due now."""
-        self.gate.breaker.heard_of(self.box.clock.monotonic_s())
+        self.gate.heard_of(self.box.clock.monotonic_s())
         self._chores["wake"] = lambda tx: parking.wake(tx, self.name)
+        self.kick.set()
+
+    def lift(self) -> None:
+        """A person has rows sent again: that its receiver asked to be left alone no longer counts."""
+        self.gate.lift()
         self.kick.set()
 
     def health(self) -> dict[str, Any]:
@@ -235,7 +236,6 @@ class SinkRunner:
             if found:
                 await self.box.journal.commit(functools.partial(mark_found, sink=self.name, found=found))
             self.is_open = True
-            tell_open_secrets(self.box, self.name, self.settings)
             return
 
     def _read_kept(self, connection: sqlite3.Connection) -> tuple[int, Kept]:
@@ -346,6 +346,8 @@ class SinkRunner:
             gate.breaker.reached(now)
         if deferred:
             gate.pace.failed()
+            if alone_s := gate.leave_alone(deferred, now):
+                self.box.log.info("sink_left_alone", sink=self.name, for_s=round(alone_s, 1))
         else:
             gate.pace.succeeded()
         self.last_error = (

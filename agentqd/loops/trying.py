@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from agentqd.core.envelope import delivery_id, seal
+from agentqd.core.envelope import TEST_TYPE, delivery_id, seal
 from agentqd.core.errors import EXIT_NO_SUCH_TASK, AgentqError, ConfigError, IllegalTransition
 from agentqd.core.limits import SINK_ERROR_CHARS_MAX
 from agentqd.core.outbox import RowState
@@ -26,7 +26,6 @@ from agentqd.sinks.base import Deferred, Delivered, Outcome, Sink
 from agentqd.sinks.registry import make_sink
 from agentqd.storage.outbox import DueRow
 
-TEST_TYPE: Final = "agentq.test"
 TEST_MAX_S: Final = 90.0
 
 

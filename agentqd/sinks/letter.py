@@ -14,13 +14,13 @@ from typing import Any, Final
 import msgspec
 
 from agentqd.core import mailaddress
-from agentqd.core.envelope import data_of
+from agentqd.core.envelope import TEST_TYPE, data_of
 from agentqd.core.limits import JSON_CHECK_BYTES_MAX, MIB
 from agentqd.core.selfaddress import MAIL_FIELDS, is_mail
 from agentqd.core.settings import Sink as SinkSettings
 from agentqd.core.units import parse_time_us
 from agentqd.sinks.base import Delivery
-from agentqd.sinks.mailtext import of_alert, of_other, of_result
+from agentqd.sinks.mailtext import of_alert, of_other, of_result, of_test
 from agentqd.sinks.message import File, Mail, Unsendable, one_line
 from agentqd.sinks.plaintext import plain
 from agentqd.storage.files import open_regular
@@ -78,7 +78,7 @@ def compose(delivery: Delivery, rules: Rules) -> Mail:
     if delivery.kind == "result":
         return _with(mail, *of_result(data))
     if delivery.kind == "alert":
-        return _with(mail, *of_alert(data, box))
+        return _with(mail, *(of_test if envelope.type == TEST_TYPE else of_alert)(data, box))
     if delivery.kind in {"entry", "broken"}:
         return _entry(mail, data, delivery.blob_path, rules)
     return _with(mail, *of_other(delivery.type, data, box))

@@ -51,6 +51,14 @@ def of_alert(data: dict[str, Any], box: str) -> tuple[str, str]:
     return f"[agentqd] alert: {kind}{f' ({name})' if name else ''}", text
 
 
+def of_test(data: dict[str, Any], box: str) -> tuple[str, str]:
+    pairs = [("box", box), ("at", _word(data, "at"))]
+    return (
+        f"[agentqd] test of the sink {_word(data, 'sink')}",
+        f"{_word(data, 'message')}\n\n{_table(pairs)}",
+    )
+
+
 def of_other(type_: str, data: dict[str, Any], box: str) -> tuple[str, str]:
     """A rejection, or what a later version has more."""
     pairs = [("type", type_), ("box", box), *((key, _shown(value)) for key, value in data.items())]

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from agentqd.core.envelope import TEST_TYPE
 from agentqd.core.units import format_duration
 
 Mood = Literal["info", "success", "warning", "failure"]
@@ -50,6 +51,8 @@ def message_of(payload: bytes, delivery_id: str, type_: str) -> Message:
 def _parts(data: dict[str, Any], type_: str) -> tuple[str, str, Mood]:
     if type_.startswith("agentq.alert."):
         return f"alert: {data.get('alert', type_[13:])}", str(data.get("message", "")), "warning"
+    if type_ == TEST_TYPE:
+        return f"test of the sink {data.get('sink', '')}", str(data.get("message", "")), "info"
     if "status" in data:
         return _result(data)
     if type_ == "agentq.task.entry":

@@ -35,12 +35,13 @@ def secret(path: str) -> str:
     return line
 
 
-def open_to_all(path: str) -> bool:
-    """May every user of this machine read or write it? It is used all the same; the daemon says so."""
+def open_since_ns(path: str) -> int | None:
+    """If every user of this machine may read or write it: when it was last changed. It is used all the same; the daemon says so."""
     try:
-        return bool(os.stat(place(path)).st_mode & 0o006)
+        found = os.stat(place(path))
     except (OSError, ValueError, ConfigError):
-        return False  # whoever reads it hears why not
+        return None  # whoever reads it hears why not
+    return found.st_ctime_ns if found.st_mode & 0o006 else None
 
 
 def _read(path: str) -> str:

@@ -51,7 +51,7 @@ def a_row(delivery_id: str = "d1f0c2", **changes: Any) -> dict[str, Any]:
 def a_sink(name: str = "hook", **changes: Any) -> dict[str, Any]:
     return {
         "name": name, "type": "webhook", "in_config": True, "pending": 3, "held": 0, "dead": 1, "delivered": 205,
-        "oldest_pending_s": 840.0, "breaker": "closed", "next_probe_at": None, "disabled": None, "disabled_by": None,
+        "oldest_pending_s": 840.0, "breaker": "closed", "next_probe_at": None, "left_alone_until": None, "disabled": None, "disabled_by": None,
         "disabled_at": None, "concurrency": 5, "concurrency_max": 20, "in_flight": 1, "rate": None, "rate_wait_s": 0.0,
         "rate_limited": False, "last_error": None,
         "backlog": {"pending": 1, "delivering": 1, "retryable": 1, "held": 0, "delivered": 205, "dead": 1, "dropped": 0},
@@ -63,7 +63,7 @@ def a_sink(name: str = "hook", **changes: Any) -> dict[str, Any]:
 def a_status(**changes: Any) -> dict[str, Any]:
     return {
         "box": "box1",
-        "daemon": {"pid": 100, "version": "0.1.0", "uptime_s": 7384.2, "epoch": 3, "rss_bytes": 41_000_000, "draining": False,
+        "daemon": {"pid": 100, "version": "0.1.0", "uptime_s": 7384.2, "epoch": 3, "rss_bytes": 41_000_000, "draining": False, "draining_since": None,
                    "state_dir": "/var/lib/agentqd", "config": None},
         "supervisor": {"pid": 101, "version": "0.1.0", "instance": "abc", "connected": True, "workers": 1},
         "tasks": {"running": 1, "queued": 3, "finished": 210},
@@ -272,7 +272,7 @@ class StandIn:
         return web.json_response({"queue": rest[0], "paused": rest[1] == "pause"})
 
     def _post_drain(self, request: web.Request, rest: list[str], body: Any) -> web.Response:
-        return web.json_response({"draining": body["on"]})
+        return web.json_response({"draining": body["on"], "since": None})
 
     def _post_reload(self, request: web.Request, rest: list[str], body: Any) -> web.Response:
         return web.json_response({"changed": True})

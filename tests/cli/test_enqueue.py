@@ -94,6 +94,16 @@ def test_one_bad_line_and_nothing_is_enqueued(ctl: Ctl, wrong: bytes) -> None:
     assert not os.path.exists(ctl.queue_file)
 
 
+@pytest.mark.parametrize(
+    "line", [b'{"id":"d1","id":"d2","task":"t"}', b'{"task":"t",\n "env":{"A":"1","A":"2"}}']
+)
+def test_a_key_that_stands_twice_is_never_settled_in_silence(ctl: Ctl, line: bytes) -> None:
+    done = ctl("enqueue", "--json", stdin=b'{"a":1}\n' + line)
+    assert (done.code, done.json["error"]) == (65, "duplicate_field")
+    assert "line 2: the key '" in done.json["message"]
+    assert not os.path.exists(ctl.queue_file)
+
+
 def test_nothing_on_stdin_is_an_error_not_a_success(ctl: Ctl) -> None:
     assert ctl("enqueue", stdin=b" \n\n").code == 65
 

@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 
 from agentqd.cli.text import width
-from agentqd.client.ids import name_from, new_task_id
+from agentqd.client.ids import new_task_id
 
 from .conftest import Ctl
 from .standin import LATER, NOW, StandIn, a_row, a_sink, a_status, a_task, error
@@ -273,7 +273,10 @@ def test_an_outside_claim_shows_its_process_and_user(ctl: Ctl, daemon: StandIn) 
 def test_queues_drain_and_reload_speak_to_their_paths(ctl: Ctl, daemon: StandIn) -> None:
     assert ctl("pause", "q", "--json").json == {"queue": "q", "paused": True}
     assert ctl("resume", "q").out == "q  running\n"
-    assert ctl("drain").code == ctl("drain", "--off").code == ctl("reload").code == 0
+    begun = ctl("drain")
+    assert "agentqctl drain --off" in begun.out
+    assert "restart" in begun.out, "it says that a restart does not end it"
+    assert begun.code == ctl("drain", "--off").code == ctl("reload").code == 0
     assert [body for _, body in daemon.requests("POST", "/v1/drain")] == [{"on": True}, {"on": False}]
 
 
@@ -340,11 +343,32 @@ def test_ids_sort_by_time_and_never_repeat() -> None:
     assert len({new_task_id(5) for _ in range(1000)}) == 1000
 
 
-@pytest.mark.parametrize(
-    ("text", "name"), [("a\x1b[31m\nb", "a [31m b"), ("", "task"), ("x" * 500, "x" * 60), ("\u202e", "task"), ("one " * 20, "one " * 7 + "one")]
-)  # fmt: skip
-def test_names_are_short_and_printable(text: str, name: str) -> None:
-    assert name_from(text) == name
+@pytest.mark.parametrize(("state", "said"), [("running", "kept: alive"), ("queued", "kept")])
+def test_a_claim_that_outlived_its_ttl_is_not_called_lapsed(
+    ctl: Ctl, daemon: StandIn, state: str, said: str
+) -> None:
+    async def handler(_: web.Request) -> web.StreamResponse:
+        claim = {
+            "path": "/srv",
+            "task_id": "t1",
+            "task": "t",
+            "state": state,
+            "expires_at": "2026-01-01T00:00:00Z",
+        }
+        return web.json_response({"claims": [claim]})
+
+    daemon.answers["GET", "/v1/writes"] = handler
+    assert ctl("writes").out.split("\t")[5] == said
+
+
+def test_a_death_by_signal_is_no_exit_code(ctl: Ctl, daemon: StandIn) -> None:
+    died = {**a_task()["attempts"][0], "exit_code": None, "signal": 9, "result": "failed", "reason": "signal"}
+    exited = {**died, "attempt": 2, "exit_code": 9, "signal": None, "reason": "exit_code"}
+    daemon.tasks["t1"] = {**a_task(), "attempts": [died, exited]}
+    page = ctl("show", "t1").out.splitlines()
+    exits = page[page.index(next(line for line in page if line.startswith("ATTEMPT"))) + 1 :][:2]
+    assert re.search(r" signal 9 ", exits[0])
+    assert re.search(r"[^l] +9 ", exits[1])
 
 
 def test_config_check_needs_no_daemon_and_names_path_line_and_nearest_key(ctl: Ctl) -> None:

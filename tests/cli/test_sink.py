@@ -16,6 +16,7 @@ HOSTILE = "\x1b[31mred\x1b]0;title\x07 \u202eabc"
     [
         ({}, "ok"),
         ({"breaker": "open", "next_probe_at": LATER}, "resting until "),
+        ({"left_alone_until": LATER}, "asked to be left alone until "),
         ({"breaker": "half_open"}, "probing"),
         (
             {
@@ -64,6 +65,8 @@ def test_a_test_exits_as_it_went_and_prints_the_receivers_answer(
 def test_a_test_says_how_long_the_receiver_asks_to_be_left_alone(ctl: Ctl, daemon: StandIn) -> None:
     daemon.outcome, daemon.retry_after_s = "deferred", 120.0
     assert "left alone for 2m" in ctl("sink", "test", "hook").out
+    daemon.retry_after_s = 0.0  # a Retry-After in the past
+    assert "left alone" not in ctl("sink", "test", "hook").out
 
 
 def test_enable_says_how_many_rows_go_on(ctl: Ctl, daemon: StandIn) -> None:

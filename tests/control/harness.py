@@ -101,7 +101,6 @@ class Daemon:
             reload=self.reload,  # type: ignore[arg-type]
             started_monotonic_s=self.clock.monotonic_s(),
             version=VERSION,
-            set_draining=self.set_draining,
             outside=self.outside,
         )
         self.server = ControlServer(self.box, self.parts)
@@ -109,7 +108,7 @@ class Daemon:
         self.session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(self.folders.control_socket))
 
     def set_draining(self, on: bool) -> None:
-        self.box.draining = on
+        self.box.drain(self.clock.now_us() if on else None)
 
     async def close(self) -> None:
         await self.session.close()
@@ -242,4 +241,5 @@ def fake_runner(*in_flight: int, last_error: str | None = None) -> Any:
         rates=lambda: {"delivered_last": None, "failed_last": None, "counted_since": None},
         health=lambda: {"breaker": "closed"},
         forget=lambda: None,
+        lift=lambda: None,
     )

@@ -14,7 +14,8 @@ import pytest
 
 from agentqd.core.outbox import RowEvent
 from agentqd.core.settings import Queue, Settings, Sink
-from agentqd.core.units import Backoff, Rate
+from agentqd.core.units import Backoff, Rate, parse_time_us
+from agentqd.sinks.base import Deferred
 from agentqd.storage import outbox
 from agentqd.storage.outbox import NewEntry
 from agentqd.storage.transaction import Transaction
@@ -213,6 +214,40 @@ async def test_what_cannot_be_disabled_tested_or_found_is_refused_with_its_reaso
     )
     await daemon.fails("POST", "/v1/sinks/out/disable", 400, "invalid_request", data='{"why": "x"}')
     assert (await sinks(daemon))["out"]["breaker"] == "closed"
+
+
+@pytest.mark.parametrize("how", ["retry", "enable", "test"])
+async def test_a_receiver_that_asked_to_be_left_alone_is_shown_and_a_person_ends_that(
+    delivering: Daemon, how: str
+) -> None:
+    daemon = delivering
+    await daemon.run_to_end(deliver_to=["out"])
+    await until_backlog(daemon, "out", delivered=1)
+    asked = [Deferred("HTTP 429", retry_after_s=600.0, busy=True)]
+    daemon.delivery.runners["out"].gate.leave_alone(asked, daemon.clock.monotonic_s())
+    shown = (await daemon.get("/v1/status"))["sinks"]["out"]
+    assert shown["left_alone_until"] == (await sinks(daemon))["out"]["left_alone_until"]
+    assert 590 < (parse_time_us(shown["left_alone_until"]) - daemon.clock.now_us()) / 1e6 <= 600
+    await daemon.run_to_end(deliver_to=["out"])
+    await until_backlog(daemon, "out", delivered=1, pending=1)
+    if how == "retry":
+        await daemon.post("/v1/outbox/retry", {"all": True, "sink": "out", "state": "delivered"})
+    else:
+        await daemon.post(f"/v1/sinks/out/{how}")
+    await until_backlog(daemon, "out", delivered=2)
+    assert (await sinks(daemon))["out"]["left_alone_until"] is None
+
+
+async def test_a_row_that_is_held_has_no_next_try(delivering: Daemon) -> None:
+    daemon = delivering
+    await daemon.run_to_end(deliver_to=["away"])
+    async with asyncio.timeout(10):
+        while not (await daemon.get("/v1/outbox", sink="away", state="retryable"))["rows"]:
+            await asyncio.sleep(0.01)
+    await daemon.post("/v1/sinks/away/disable")
+    await until_backlog(daemon, "away", held=1)
+    (row,) = (await daemon.get("/v1/outbox", sink="away"))["rows"]
+    assert row["next_try_at"] is None
 
 
 async def test_a_test_goes_through_a_disabled_sink_and_leaves_no_row(delivering: Daemon, root: Path) -> None:

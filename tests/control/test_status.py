@@ -123,6 +123,7 @@ async def test_a_sink_that_is_not_sent_to_is_named(daemon: Daemon, health: dict[
         ({"breaker": "closed"}, "outbox retry ALL --sink hook --state retryable"),
         ({"breaker": "half_open"}, "sink test hook"),
         ({"breaker": "closed", "rate_wait_s": 9.0}, "outbox list --sink hook"),
+        ({"breaker": "closed", "left_alone_until": "2026-01-01T00:00:00.000Z"}, "outbox list --sink hook"),
     ],
 )
 @pytest.mark.parametrize("settings", [Settings(sinks={"hook": Sink(type="file", path="/x/y")})])
@@ -137,6 +138,7 @@ async def test_what_is_not_delivered_for_long_comes_with_what_sends_it_now(
     runner.health = lambda: health
     (item,) = [each for each in (await daemon.get("/v1/status"))["attention"] if "hook" in each["text"]]
     assert "not delivered, the oldest" in item["text"]
+    assert ("asked to be left alone until 2026" in item["text"]) is ("left_alone_until" in health)
     assert item["fix"] == f"agentqctl {fix}"
 
 
@@ -274,11 +276,22 @@ async def test_what_the_config_has_paused_is_resumed_there(daemon: Daemon) -> No
 
 
 async def test_drain_is_switched_on_and_off(daemon: Daemon) -> None:
-    assert await daemon.post("/v1/drain", {"on": True}) == {"draining": True}
+    begun = await daemon.post("/v1/drain", {"on": True})
+    assert begun["draining"]
     assert daemon.box.draining
-    assert await daemon.post("/v1/drain", {"on": False}) == {"draining": False}
-    for body in ({}, {"on": 1}, {"on": True, "x": 1}):
-        await daemon.fails("POST", "/v1/drain", 400, "invalid_request", json=body)
+    assert await daemon.post("/v1/drain", {"on": True}) == begun, "the first word counts"
+    assert (await daemon.get("/v1/status"))["daemon"]["draining_since"] == begun["since"]
+    (check,) = [each for each in (await daemon.get("/v1/doctor"))["checks"] if each["name"] == "draining"]
+    assert (check["level"], check["fix"]) == ("warning", "agentqctl drain --off")
+    assert begun["since"] in check["message"]
+    for _ in range(2):
+        ended = await daemon.post("/v1/drain", {"on": False})
+        assert ended == {"draining": False, "since": None}
+    assert all(each["name"] != "draining" for each in (await daemon.get("/v1/doctor"))["checks"])
+    events = await daemon.journal.read(lambda c: c.execute("SELECT event FROM events").fetchall())
+    assert [name for (name,) in events] == ["draining_begun", "draining_ended"]
+    for body in (b"{}", b'{"on": 1}', b'{"on": true, "x": 1}', b'{"on": false, "on": true}'):
+        await daemon.fails("POST", "/v1/drain", 400, "invalid_request", data=body)
 
 
 async def test_writes_shows_claims_and_conflicts_by_pair(daemon: Daemon) -> None:
@@ -356,6 +369,47 @@ async def test_doctor_has_dead_letters_looked_at_before_they_are_sent_again(daem
     (check,) = [each for each in (await daemon.get("/v1/doctor"))["checks"] if "completions" in each["name"]]
     assert check["message"].startswith("1 dead letters; ")
     assert check["fix"] == "agentqctl outbox list --sink completions --state dead"
+
+
+@pytest.mark.parametrize("settings", [TWO_SINKS])
+async def test_doctor_says_that_a_sink_works_only_once_something_has_arrived_since(daemon: Daemon) -> None:
+    async def said(name: str) -> str:
+        (found,) = [
+            each for each in (await daemon.get("/v1/doctor"))["checks"] if each["name"] == f"sink {name}"
+        ]
+        return str(found["message"])
+
+    unknown = "nothing is known to have arrived there since"
+    for name in ("completions", "hook", "mail"):
+        daemon.delivery.runners[name] = fake_runner()  # the daemon was restarted: no last error
+    task_id = await daemon.run_to_end(deliver_to=["hook", "mail"])
+    await daemon.deliver("mail")
+    await daemon.run_to_end(deliver_to=["mail"])
+    await daemon.deliver("mail", RowEvent.REJECTED, "HTTP 400")
+    await daemon.deliver("hook", RowEvent.REJECTED, "HTTP 400")
+
+    def set_aside(tx: Any) -> None:
+        seq = tx.one("SELECT seq FROM tasks WHERE id = ?", (task_id,))[0]
+        outbox.add_entry(
+            tx,
+            outbox.NewEntry(
+                "broken-1", seq, 1, 1, "broken", "mail.json", "agentq.task.entry", b"{}", ["completions", "hook"],
+                task_id=task_id, dead_reason="malformed: not JSON",
+            ),
+        )  # fmt: skip
+        for sink in ("hook", "mail"):
+            seqs = tx.execute("SELECT entry_seq FROM outbox WHERE sink = ? AND state = 'dead'", (sink,))
+            for (entry_seq,) in seqs.fetchall():
+                outbox.record_try(tx, entry_seq, sink, "rejected", "HTTP 400")
+
+    await daemon.journal.commit(set_aside)
+    assert await said("mail") == f"1 dead letters; {unknown}", "what arrived before it says nothing"
+    assert await said("hook") == f"1 dead letters; 1 set aside; {unknown}"
+    assert await said("completions") == f"1 set aside; {unknown}"
+    await daemon.run_to_end(deliver_to=["hook", "mail"])
+    for name in ("completions", "hook", "mail"):
+        await daemon.deliver(name)
+        assert (await said(name)).endswith("; it works now")
 
 
 async def test_config_and_schema_and_reload(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,7 @@ async def test_tasks_without_an_id_each_get_their_own(daemon: Daemon) -> None:
         (b'{"task":"x"}', 422, "missing_field"),
         (b'{"task":"x","prompt":" "}', 422, "empty_prompt"),
         (b'{"task":"x","prompt":"true","promt":1}', 422, "unknown_field"),
+        (b'{"task":"x","prompt":"true","prompt":"false"}', 422, "duplicate_field"),
         (b'{"task":"x","prompt":"true","queue":"no"}', 422, "unknown_queue"),
         (b'{"task":"x","prompt_ref":"../journal.db"}', 422, "prompt_outside"),
         (b'{"task":"\xff","prompt":"true"}', 422, "invalid_utf8"),

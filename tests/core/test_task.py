@@ -191,6 +191,30 @@ def test_unknown_fields_inside_expect_name_their_nearest_too() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("allow_no_work", "expect.allow_no_work"),
+        ("stdout_min_bytes", "expect.stdout_min_bytes"),
+        ("min_duration", "expect.min_duration"),
+        ("files", "expect.files"),
+        ("check", "expect.check"),
+        ("alow_no_work", "expect.allow_no_work"),
+        ("min_bytes", "expect.files[].min_bytes"),
+        ("changed", "expect.files[].changed"),
+    ],
+)
+def test_a_field_of_expect_that_stands_at_the_top_is_told_its_place(name: str, place: str) -> None:
+    error = _wrong(**{name: True})
+    assert (error.code, error.fields["nearest"]) == ("unknown_field", place)
+    assert f"did you mean {place}?" in error.message
+
+
+def test_a_field_of_a_file_that_stands_in_expect_is_told_its_place() -> None:
+    assert _wrong(expect={"min_bytes": 1}).fields["nearest"] == "expect.files[].min_bytes"
+    assert _wrong(expect={"stdout_min_byte": 1}).fields["nearest"] == "stdout_min_bytes"
+
+
+@pytest.mark.parametrize(
     ("raw", "code"),
     [
         (b"", "invalid_json"),
@@ -201,6 +225,8 @@ def test_unknown_fields_inside_expect_name_their_nearest_too() -> None:
         (b"1", "invalid_json"),
         (b"true", "invalid_json"),
         (b'{"task":"x","prompt":"p"} x', "invalid_json"),
+        (b'{"task":"x","prompt":"p","priority":NaN}', "invalid_json"),
+        (b'{"task":"x","prompt":"p","timeout":-Infinity}', "invalid_json"),
         (b'{"task":"x","prompt":"\x00"}', "invalid_json"),
         (b'{"task":"x","prompt":"\xff"}', "invalid_utf8"),
         (b"[" * 100_000, "invalid_json"),

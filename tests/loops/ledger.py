@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
+from agentqd.control.queues import _set_draining
 from agentqd.core.errors import IllegalTransition
 from agentqd.core.folders import Folders
 from agentqd.core.lifecycle import Event
@@ -21,6 +22,7 @@ from agentqd.loops.finishing import AttemptEnd, finish_attempt
 from agentqd.loops.preparing import prepare
 from agentqd.loops.scheduling import Claim, Scheduler, Target
 from agentqd.loops.waking import Waker
+from agentqd.storage import draining
 from agentqd.storage import tasks as store
 from agentqd.storage.connection import migrate
 from agentqd.storage.tasks import TaskRow
@@ -65,8 +67,8 @@ class Ledger:
         self.restart()
 
     def restart(self) -> None:
-        """The daemon's memory is gone; what is paused is read again."""
-        self.box.draining = False
+        """The daemon's memory is gone; what is paused, and whether it drains, is read again."""
+        self.box.drain(draining.since_us(self.connection))
         self.numbers = Numbers.load(self.connection)
         self.scheduler = Scheduler(self.box, self.claims.extend)
         rows = self.connection.execute("SELECT queue FROM paused_queues")
@@ -152,6 +154,9 @@ class Ledger:
             self.scheduler.paused = self.scheduler.paused | {queue} if on else self.scheduler.paused - {queue}
 
         self.commit(unit)
+
+    def drain(self, *, on: bool) -> None:
+        self.commit(lambda tx: _set_draining(tx, self.box, on=on))
 
     def tasks(self) -> dict[str, TaskRow]:
         rows = self.connection.execute("SELECT seq FROM tasks ORDER BY seq").fetchall()

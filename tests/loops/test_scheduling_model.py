@@ -336,7 +336,7 @@ class Run:
         self.ledger.box.apply(self._settings())
         for queue in QUEUES:
             self.ledger.pause(queue, on=False)
-        self.ledger.box.draining = False
+        self.ledger.drain(on=False)
         self.ledger.connect(on=True)
         self.ledger.claims.clear()
         self.ledger.turn()
@@ -466,8 +466,8 @@ class Run:
         self._edit()
 
     def _drain(self, _: int) -> None:
-        self.model.draining = self.ledger.box.draining = not self.model.draining
-        self.ledger.turn()
+        self.model.draining = not self.model.draining
+        self.ledger.drain(on=self.model.draining)
 
     def _link(self, _: int) -> None:
         self.model.connected = not self.model.connected
@@ -476,7 +476,6 @@ class Run:
 
     def _restart(self, _: int) -> None:
         self.ledger.restart()
-        self.model.draining = False
         self.ledger.connect(on=self.model.connected)
         self.ledger.turn()
 

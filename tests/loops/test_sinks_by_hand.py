@@ -6,17 +6,19 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from agentqd.control import queries
+from agentqd.control import alerts as alerts_seen
 from agentqd.core.limits import ALERTS_A_GROUP_MAX, ROWS_A_COMMIT
 from agentqd.core.outbox import RowEvent
 from agentqd.core.settings import Alerts, Settings, Sink
 from agentqd.core.units import Backoff, Duration, Rate
-from agentqd.loops import parking, rowchanges, sinkmemory, sinkrunner
+from agentqd.loops import liveness, parking, rowchanges, sinkmemory, sinkrunner
 from agentqd.loops.delivery import DeliveryLoop
+from agentqd.loops.notices import SecretWatch
 from agentqd.loops.rowchanges import Moved, Pick
 from agentqd.sinks.base import Context, Deferred, Delivered, Rejected
 from agentqd.storage import outbox
@@ -417,7 +419,9 @@ async def test_two_dead_sinks_do_not_tell_each_other_of_each_other_for_ever(
         assert (
             len(alerts) == 2
         )  # d1 is dead; so is the alert about it; that one is only kept, shown and logged
-        shown = await bench.journal.read(lambda c: queries.alerts_since(c, 0))  # what `status` reads
+        shown = await bench.journal.read(
+            lambda c: alerts_seen.grouped(alerts_seen.look(c, 0))
+        )  # what `status` reads
         assert {(each.type, each.sink, each.count) for each in shown} == {
             ("agentq.alert.dead_letter", "s", 1),
             ("agentq.alert.dead_letter", "other", 1),
@@ -484,10 +488,41 @@ async def test_a_secret_file_that_everybody_may_read_is_told_once(
         (tmp_path / name).chmod(mode)
     files = [str(tmp_path / "open"), str(tmp_path / "closed")]
     apply(bench, s=Sink(type="webhook", url="http://127.0.0.1:9/", secret_file=files), other=PLAIN)
-    for _ in range(2):
-        async with delivering(bench) as loop:
-            await bench.until(lambda: loop.runners["s"].is_open)
-            await bench.do(lambda tx: None)
+    for _ in range(2):  # twice: a restart
+        watch = SecretWatch(bench.box)
+        for _ in range(2):
+            await watch.look()
     (told,) = await bench.alerts("secret_file")
     assert f"{tmp_path}/open is open to every user" in told["message"]
     assert "whsec" not in told["message"]
+
+
+async def test_a_secret_file_that_is_opened_while_the_daemon_runs_is_told_each_time(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("whsec_x")
+    secret.chmod(0o600)
+    apply(bench, s=Sink(type="webhook", url="http://127.0.0.1:9/", secret_file=str(secret)), other=PLAIN)
+    monkeypatch.setattr(liveness, "_EVERY_S", 0.005)
+    parts: Any = SimpleNamespace(scheduler=bench.scheduler, live={})
+    looks = liveness.Liveness(bench.box, parts)
+    task = asyncio.create_task(looks.run())
+    try:
+        await bench.until(lambda: "liveness" in bench.box.beats)
+        await asyncio.sleep(0.03)
+        assert await bench.alerts("secret_file") == []
+        for times in (1, 2):
+            secret.chmod(0o644)
+            async with asyncio.timeout(10):
+                while len(await bench.alerts("secret_file")) < times:
+                    await asyncio.sleep(0.005)
+            await asyncio.sleep(0.03)
+            assert len(told := await bench.alerts("secret_file")) == times, "once, as long as it is so"
+            assert told[-1]["file"] == str(secret)
+            secret.chmod(0o600)
+            await bench.until(lambda: not looks._secrets._told)
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task

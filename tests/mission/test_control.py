@@ -231,6 +231,25 @@ def test_a_draining_daemon_takes_nothing_over_the_socket_and_starts_nothing(box:
 
 
 @pytest.mark.row(17)
+def test_a_drain_outlives_kills_and_stops_until_a_person_ends_it(box: RealBox) -> None:
+    assert box.ctl("drain").returncode == 0
+    since = box.status()["daemon"]["draining_since"]
+    box.append({"task": "waits", "id": "w", "prompt": "echo x"})
+    for end in (box.kill, box.stop):
+        end()
+        box.start()
+        assert box.wait_state("w", "queued")["waiting_for"]["reason"] == "draining"
+        assert box.status()["daemon"]["draining_since"] == since
+        assert box.events("still_draining")
+        assert b"agentqctl drain --off" in box.ctl("status").stdout
+    assert box.ctl("drain", "--off").returncode == 0
+    assert box.result("waits")["status"] == "success"
+    box.kill()
+    box.start()
+    assert box.status()["daemon"]["draining"] is False
+
+
+@pytest.mark.row(17)
 def test_a_full_queue_refuses_for_now(make_box: MakeBox) -> None:
     box = make_box("queues: {small: {paused: true, waiting_max: 2}}\n")
     codes = [

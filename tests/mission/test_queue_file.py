@@ -246,6 +246,8 @@ def test_a_line_over_the_limit_is_refused_and_the_next_one_runs(make_box: MakeBo
         (b'{"task":"odd"}\n', "missing_field"),
         (b'{"prompt":"echo x"}\n', "missing_field"),
         (b'{"task":"odd","promt":"echo x"}\n', "unknown_field"),
+        (b'{"task":"odd","prompt":"echo x","id":"a","id":"b"}\n', "duplicate_field"),
+        (b'{"task":"odd","prompt":"echo x","priority":NaN}\n', "invalid_json"),
         (b'{"task":"odd","prompt":"echo x","id":"no good"}\n', "invalid_field"),
         (b'{"task":"odd","prompt":"echo x","queue":"nowhere"}\n', "unknown_queue"),
         (b'{"task":"odd","prompt":"echo x","runner":"nobody"}\n', "unknown_runner"),

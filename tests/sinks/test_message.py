@@ -256,6 +256,15 @@ def test_an_alert_reads_well_and_so_does_what_is_neither() -> None:
     assert "bad_json" in other.get_content()
 
 
+def test_a_test_of_a_sink_says_so_and_is_no_alert() -> None:
+    data = {"alert": "test", "message": "a test of the sink mail", "at": "2026", "task_id": None, "name": None, "sink": "mail", "test": True}  # fmt: skip
+    payload = seal("dt", "agentq.test", "box", None, NOW_US, data)
+    found = sent(Delivery("dt", 0, "agentq.test", "alert", "k", None, payload, NOW_US, 0))
+    assert found["Subject"] == "[agentqd] test of the sink mail"
+    assert "a test of the sink mail" in found.get_content()
+    assert "alert" not in found.get_content()
+
+
 def test_text_data_and_bytes_that_are_no_mail_go_to_the_sinks_own_recipients(tmp_path: Path) -> None:
     text = sent(a_mail("# not touched", key="a.txt"))
     assert (text["To"], text["Subject"], text_of(text)) == ("me@example.org", "the task: a.txt", "# not touched\n")  # fmt: skip

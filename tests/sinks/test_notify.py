@@ -397,6 +397,8 @@ def test_an_entry_is_its_own_subject_and_body_or_its_content_or_its_place() -> N
     assert text(large).body() == "9 bytes, at /state/blobs/x\n\nbox d1"
     alert = text({"alert": "no_work", "message": "task t1 did nothing"}, "agentq.alert.no_work")
     assert (alert.title, alert.lines, alert.mood) == ("alert: no_work", "task t1 did nothing", "warning")
+    test = text({"alert": "test", "message": "a test", "sink": "people", "test": True}, "agentq.test")
+    assert (test.title, test.lines, test.mood) == ("test of the sink people", "a test", "info")
 
 
 @pytest.mark.parametrize("room", [80, 140, 500, 10**6])

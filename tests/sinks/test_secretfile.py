@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from agentqd.core.errors import ConfigError
-from agentqd.sinks.secretfile import BYTES_MAX, open_to_all, secret, secret_lines
+from agentqd.sinks.secretfile import BYTES_MAX, open_since_ns, secret, secret_lines
 
 
 def keep(path: Path, content: bytes, mode: int = 0o600) -> str:
@@ -62,10 +62,10 @@ def test_what_cannot_be_used_is_refused_without_its_content(
 
 def test_a_secret_that_everybody_may_read_is_used_and_known(tmp_path: Path) -> None:
     path = keep(tmp_path / "s", b"word", 0o644)
-    assert (secret(path), open_to_all(path)) == ("word", True)
+    assert (secret(path), open_since_ns(path)) == ("word", os.stat(path).st_ctime_ns)
     (tmp_path / "s").chmod(0o640)
-    assert not open_to_all(path)
-    assert not open_to_all(str(tmp_path / "missing"))
+    assert open_since_ns(path) is None
+    assert open_since_ns(str(tmp_path / "missing")) is None
 
 
 def test_what_is_no_file_is_refused_and_does_not_hang(tmp_path: Path) -> None:

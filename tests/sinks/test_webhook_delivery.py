@@ -169,6 +169,23 @@ async def test_after_a_429_it_waits_a_minute_and_for_retry_after_as_long_as_aske
         await until_row(bench, "delivered", 3)
 
 
+async def test_a_429_with_retry_after_holds_back_what_comes_after_it(web: Receiver, tmp_path: Path) -> None:
+    web.plan = [says(429, "Retry-After: 20")]
+    async with delivering(tmp_path, Sink(type="webhook", url=web.url)) as (bench, loop):
+        await put(bench, 1)
+        await until_row(bench, "retryable", 1)
+        for number in range(2, 9):
+            await put(bench, 1, start=number)
+        pass_time(bench, loop, 19.9)
+        await asyncio.sleep(0.05)
+        assert len(web.seen) == 1
+        pass_time(bench, loop, 0.2)
+        await bench.until(lambda: len(web.taken) == 7)
+        assert {row[:2] for row in (await rows(bench))[1:]} <= {("pending", 0), ("delivered", 1)}
+        pass_time(bench, loop, 60)
+        await bench.until(lambda: len(web.taken) == 8)
+
+
 async def test_a_410_holds_what_waits_and_tells_it_over_another_sink(web: Receiver, tmp_path: Path) -> None:
     web.does = says(410)
     async with delivering(tmp_path, Sink(type="webhook", url=web.url)) as (bench, loop):

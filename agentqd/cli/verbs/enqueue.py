@@ -11,6 +11,7 @@ import click
 from agentqd.cli.verb import Call, verb
 from agentqd.client.ids import new_task_id
 from agentqd.client.queuefile import LINE_BYTES_USUAL_MAX
+from agentqd.core.doubled import DoubledKey, only_once
 from agentqd.core.errors import InvalidTask
 
 
@@ -61,11 +62,13 @@ def read_lines(raw: bytes) -> list[tuple[str, bytes]]:
         line = raw.count(b"\n", 0, error.start) + 1
         raise InvalidTask(f"line {line}: not UTF-8", code="invalid_utf8", line=line) from None
     found: list[tuple[str, bytes]] = []
-    decoder = json.JSONDecoder(parse_constant=_no_constant)
+    decoder = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=only_once)
     place = _skip_blank(text, 0)
     while place < len(text):
         try:
             value, end = decoder.raw_decode(text, place)
+        except DoubledKey as error:
+            raise _bad(text, place, str(error), code="duplicate_field") from None
         except (ValueError, RecursionError) as error:
             raise _bad(text, getattr(error, "pos", place), f"not JSON: {error}"[:200]) from None
         if not isinstance(value, dict):
@@ -106,6 +109,6 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _bad(text: str, place: int, what: str) -> InvalidTask:
+def _bad(text: str, place: int, what: str, code: str = "invalid_json") -> InvalidTask:
     line = text.count("\n", 0, place) + 1
-    return InvalidTask(f"line {line}: {what}; nothing was enqueued", code="invalid_json", line=line)
+    return InvalidTask(f"line {line}: {what}; nothing was enqueued", code=code, line=line)

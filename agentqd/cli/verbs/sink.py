@@ -92,6 +92,8 @@ def sink_state(sink: dict[str, Any]) -> Cell:
     if breaker == "open":
         at = sink.get("next_probe_at")
         return Cell(f"resting until {local_time(at)}" if at else "resting", "warn")
+    if sink.get("left_alone_until"):
+        return Cell(f"asked to be left alone until {local_time(sink['left_alone_until'])}", "warn")
     if breaker == "half_open":
         return Cell("probing", "warn")
     if sink.get("rate_limited"):
@@ -111,7 +113,7 @@ def test(call: Call, name: str) -> int:
     else:
         style = {"delivered": "good", "deferred": "warn"}.get(outcome, "bad")
         said = f": {answer['detail']}" if answer.get("detail") else ""
-        if answer.get("retry_after_s") is not None:
+        if answer.get("retry_after_s"):
             said += f" (it asks to be left alone for {duration(answer['retry_after_s'])})"
         if outcome == "disabled":
             said += " (a real delivery would disable the sink)"

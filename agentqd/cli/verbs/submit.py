@@ -12,7 +12,8 @@ from agentqd.cli.ends import follow_to_the_end, say_end
 from agentqd.cli.outcome import outcome
 from agentqd.cli.verb import Call, verb
 from agentqd.client.errors import BoxUnreachable
-from agentqd.client.ids import check_text, name_from, new_task_id, now_text
+from agentqd.client.ids import check_text, new_task_id, now_text
+from agentqd.client.taskname import name_from, name_from_argv
 from agentqd.client.tasks import exit_code_of, submit_task, wait_for
 from agentqd.core.errors import AgentqError, InvalidTask
 from agentqd.core.limits import MIB
@@ -38,7 +39,11 @@ def _option(name: str, metavar: str, text: str, **settings: Any) -> Callable[[Fu
 @click.argument("words", nargs=-1, metavar="[PROMPT | --command -- ARGV...]", type=click.UNPROCESSED)
 @_option("--prompt-file", "FILE|-", "The prompt from a file, or from stdin.")
 @click.option("--command", "is_command", is_flag=True, help="What follows -- is an argv, run as it stands.")
-@_option("--task", "NAME", "Its name; otherwise the first words.")
+@_option(
+    "--task",
+    "NAME",
+    "Its name; otherwise the first words that look like no secret. Names are logged, and stand in alerts and mails.",
+)
 @_option("--id", "ID", "Its dedup key; otherwise a new one.", default=None)
 @_option(
     "--writes", "PATH", "What it will write, from --workdir, else from here; again for more.", multiple=True
@@ -170,7 +175,8 @@ def task_fields(said: dict[str, Any], on_the_box: Callable[..., str]) -> dict[st
         fields["command"] = words
     else:
         fields["prompt"] = _prompt(words, said["prompt_file"])
-    fields["task"] = check_text("task", said["task"] or name_from(fields.get("prompt") or " ".join(words)))
+    name = name_from_argv(words) if said["is_command"] else name_from(fields["prompt"])
+    fields["task"] = check_text("task", said["task"] or name)
     fields["id"] = said["id"] if said["id"] is not None else new_task_id()
     fields["submitted_at"] = now_text()
     if said["timeout"] and said["run_timeout"] and said["timeout"] != said["run_timeout"]:

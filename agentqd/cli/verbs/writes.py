@@ -77,7 +77,7 @@ def _claim(item: dict[str, Any]) -> list[Cell | str]:
         str(item.get("task") or ""),
         "waits" if item.get("waiting") else str(item.get("state") or ""),
         age(item.get("since")),
-        _in(item.get("expires_at")),
+        _expires(item),
         _process(item),
     ]
 
@@ -87,12 +87,16 @@ def _process(item: dict[str, Any]) -> str:
     return "" if item.get("pid") is None else f"{item['pid']} ({item.get('user') or '?'})"
 
 
-def _in(expires: Any) -> str:
-    """How long a started task may stay silent before its claim lapses."""
+def _expires(item: dict[str, Any]) -> str:
+    """How long a started task may stay silent before its claim lapses. One that is over its time and still shown has been
+    kept: its worker lives, or it is ready to start and nobody waits for the path."""
+    expires = item.get("expires_at")
     if not isinstance(expires, str):
         return ""
     left_s = parse_time_us(expires) / 1e6 - time.time()
-    return f"in {format_duration(round(left_s))}" if left_s >= 1 else "lapsed" if left_s <= 0 else "now"
+    if left_s > 0:
+        return f"in {format_duration(round(left_s))}" if left_s >= 1 else "now"
+    return "kept: alive" if item.get("state") in ("running", "stopping") else "kept"
 
 
 def _time(text: str) -> str:
