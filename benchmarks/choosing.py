@@ -96,7 +96,7 @@ class Side:
             at = self._insert(tx, at, holders, "0", "blocked", f"'{kind}'", spec)
             if kind == "dependency":
                 tx.execute(
-                    "INSERT INTO dependencies SELECT seq, seq - ? FROM tasks WHERE seq >= ?",
+                    "INSERT INTO dependencies (task_seq, on_seq) SELECT seq, seq - ? FROM tasks WHERE seq >= ?",
                     (holders, first + holders),
                 )
             else:

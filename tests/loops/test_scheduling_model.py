@@ -56,6 +56,8 @@ class Task:
     limited: bool = False  # backs off from its runner's limit
     stopping: bool = False
     first_run: bool = True
+    begun: bool = False  # its run has
+    heard: set[str] = field(default_factory=set)  # run again after it had begun: it asks for them no more
 
 
 @dataclass
@@ -88,7 +90,7 @@ class Model:
         task.state, task.success, task.stopping = "finished", success, False
 
     def obstacle(self, task: Task) -> str | None:
-        others = [self.tasks[name] for name in task.after]
+        others = [self.tasks[name] for name in task.after if name not in task.heard]
         ended = [other for other in others if other.state == "finished"]
         failed = any(not other.success for other in ended)
         if task.policy == "success" and failed:
@@ -183,6 +185,11 @@ class Model:
             return self.at_once(task)
         task.after = [name for name in task.after if self.tasks[name].state != "finished"]
         task.attempts, task.losses, task.first_run, task.success = 0, 0, False, False
+        task.begun, task.heard = False, set()
+        mine = next(name for name, other in self.tasks.items() if other is task)
+        for other in self.tasks.values():
+            if other.state != "finished" and other.begun and mine in other.after:
+                other.heard.add(mine)
         task.state = "blocked" if task.after else "queued"
         return True
 
@@ -228,6 +235,7 @@ class Model:
             task = self.tasks[min(open_)[3]]
             task.state = "running"
             task.attempts += 1
+            task.begun = True
             claimed.append(min(open_)[3])
         return claimed
 
