@@ -57,6 +57,7 @@ class Task:
     stopping: bool = False
     first_run: bool = True
     begun: bool = False  # its run has
+    let_go: bool = False  # a person has released it after it had expired: it has its attempt
     heard: set[str] = field(default_factory=set)  # run again after it had begun: it asks for them no more
 
 
@@ -173,6 +174,7 @@ class Model:
         if task.state != "held":
             return self.at_once(task)
         task.state = "blocked"
+        task.let_go = task.expires is not None and task.expires <= self.now
         what = self.obstacle(task)
         if what == "never":
             self.finish(task)
@@ -207,7 +209,7 @@ class Model:
         for task in self.tasks.values():
             if task.state not in WAITING:
                 continue
-            if task.first_run and task.expires is not None and task.expires <= self.now:
+            if task.first_run and task.expires is not None and task.expires <= self.now and not task.let_go:
                 self.finish(task)
             elif (task.state == "scheduled" and (task.not_before or 0) <= self.now) or (
                 task.state == "retryable" and task.retry_at <= self.now
