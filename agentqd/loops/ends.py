@@ -174,16 +174,14 @@ class Ends:
                 if isinstance(item, AttemptEnd)
                 else AttemptEnd(item.task, item.attempt, live.request, item)
             )
-            if end.exited is None:
-                end = self._as_found(end)
-            began = end.found is not None if end.exited is None else end.exited.pid is not None
-            collected.append(self._look(live, end) if began else end)
+            if (
+                end.lost_reason is not None
+            ):  # nobody saw it end; what it has left says when it began and what it wrote
+                found = evidence.look_around(self.box.folders.attempt(end.task_id, end.attempt))
+                end = msgspec.structs.replace(end, found=found)
+            spawned = end.exited is not None and end.exited.pid is not None
+            collected.append(self._look(live, end) if spawned or end.found is not None else end)
         return collected
-
-    def _as_found(self, end: AttemptEnd) -> AttemptEnd:
-        """Nobody saw a lost attempt end; what it has left says when it began and what it wrote."""
-        found = evidence.look_around(self.box.folders.attempt(end.task_id, end.attempt))
-        return end if end.lost_reason is None else msgspec.structs.replace(end, found=found)
 
     def _look(self, live: Live, end: AttemptEnd) -> AttemptEnd:
         exited, found = end.exited, end.exited or end.found
