@@ -19,7 +19,7 @@ import pytest
 from realbox import RealBox, wait_for
 
 from crash.checker import query
-from crash.inject import MUTATING, Strace, call_name, count_calls, is_gone, kill_at, threads_of
+from crash.inject import MUTATING, Strace, call_name, count_calls, has_died, is_gone, kill_at, threads_of
 from crash.processes import daemon_died, is_stopped, reap_killed
 from crash.test_kill_at_every_call import BOXES, THREADS_AT_START, Tally, Victim, roles, share
 
@@ -292,16 +292,14 @@ def kill_daemon(victim: Victim, role: str, call: str, when: int) -> bool:
     run = Round(victim)
     try:
         play(run)
-        killed = daemon_died(box)
+        if not daemon_died(box):
+            strace.detach()
+        assert box.daemon is not None
+        killed = has_died(box.daemon.pid)
         if killed:
             strace.wait()
             reap_killed(box)
             box.start()
-        else:
-            strace.detach()
-            if killed := daemon_died(box):
-                reap_killed(box)
-                box.start()
         ends = [child.wait(90) for child in run.started]
         assert set(ends) <= {0, UNREACHABLE}, ends
         assert [line[2] for line in run.lines()].count("ends") == ends.count(0), (ends, run.lines())
