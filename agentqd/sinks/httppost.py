@@ -1,5 +1,9 @@
 """Posts to one receiver over aiohttp, and tells how much of an answer there was.
 
+Two ways to the same end. A body of up to 48 KiB goes straight over a connection of aiohttp's pool and its parser: head and body
+in one write, half of the CPU of a session's request (decision 9). A larger one, and one in pieces, goes through the session,
+which knows how to wait for a receiver that takes it slowly.
+
 Invariants:
 1. An answer that is no 2xx counts as soon as its head is there; a 2xx only when it is whole, or has said 64 KiB, and when
    all of the request was sent.
@@ -14,12 +18,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
-import functools
 import os
 import ssl
-from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Any, Final, Protocol
+from collections.abc import AsyncGenerator, Mapping
+from http import HTTPStatus
+from typing import Final, Protocol
 
 import aiohttp
 import msgspec
@@ -27,9 +30,9 @@ from yarl import URL
 
 from agentqd.core.limits import KIB
 from agentqd.core.weburl import WebUrl
+from agentqd.sinks.httpline import SEAT, Fields, Line, Seat
 
 CONNECT_S: Final = 10.0
-KEEP_S: Final = 15.0  # many receivers close an idle connection after 5 to 75 s
 WHOLE_S: Final = 3000.0  # of one large request, however slowly its receiver takes it
 ANSWER_BYTES_MAX: Final = 64 * KIB
 _LARGE_ANSWER_S: Final = 120.0  # after a large body's last piece: the kernel may still hold some MiB of it
@@ -60,84 +63,43 @@ class Pieces(Protocol):
     def pieces(self) -> AsyncGenerator[bytes, None]: ...
 
 
-class _Wire:
-    """One connection: what aiohttp knows of it and does not tell."""
-
-    __slots__ = ("cut", "used")
-
-    def __init__(self) -> None:
-        self.cut: Exception | None = None  # it did not end by the receiver's close
-        self.used = False
-
-
-class _Try:
+class _Try(Seat):
     """What is known of one try, for the words about its end."""
 
-    __slots__ = ("deadline", "flaw", "reused", "status", "unsent", "wire")
+    __slots__ = ("deadline", "flaw", "status", "unsent")
 
     def __init__(self, unsent: int) -> None:
+        super().__init__()
         self.deadline: asyncio.Timeout | None = None
         self.status = 0
-        self.reused = False
         self.unsent = unsent  # bytes of a body in pieces that were not handed on
         self.flaw: Exception | None = None  # of the body's own
-        self.wire: _Wire | None = None
-
-
-_TRY: Final[contextvars.ContextVar[_Try]] = contextvars.ContextVar("try")
-
-
-class _Connector(aiohttp.TCPConnector):
-    """Takes up no kept connection over which something has come unasked, and says which one a try got."""
-
-    async def connect(
-        self,
-        req: aiohttp.ClientRequest,
-        traces: list[Any],
-        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - the library's signature
-    ) -> aiohttp.connector.Connection:
-        while True:
-            connection = await super().connect(req, traces, timeout)
-            protocol: Any = connection.protocol
-            if not protocol.should_close:
-                break
-            connection.close()
-        wire = getattr(protocol, "wire", None)
-        if wire is None:
-            wire = protocol.wire = _Wire()
-            protocol.connection_lost = functools.partial(_lost, wire, protocol.connection_lost)
-        this = _TRY.get()
-        this.wire, this.reused, wire.used = wire, wire.used, True
-        return connection
-
-
-def _lost(wire: _Wire, tell: Callable[[Exception | None], None], error: Exception | None) -> None:
-    wire.cut = error
-    tell(error)
 
 
 class HttpPost:
-    def __init__(self, url: WebUrl, answer_s: float, at_once: int) -> None:
-        """`answer_s` is for all of a request, connecting too; of a body in pieces it begins anew with each one taken."""
+    def __init__(self, url: WebUrl, headers: Mapping[str, str], answer_s: float, at_once: int) -> None:
+        """`headers` are those of every request. `answer_s` is for all of one, connecting too; of a body in pieces it begins anew
+        with each one taken."""
         self._url = URL(f"http{'s' if url.tls else ''}://{url.host_header}{url.target}", encoded=True)
         self._where = url.where
         self._answer_s = answer_s
         self._at_once = at_once
-        self._in_all = aiohttp.ClientTimeout(total=answer_s, connect=CONNECT_S)
+        self._headers = dict(headers)
         self._to_connect = aiohttp.ClientTimeout(total=None, connect=CONNECT_S)
-        self._session: aiohttp.ClientSession | None = None
+        self._line: Line | None = None
 
     async def post(self, headers: Mapping[str, str], body: bytes | Pieces) -> Answer:
-        """The receiver's answer. Raises Unanswered, and whatever `body.pieces` raises."""
+        """The receiver's answer. `headers` are this request's own, ASCII on one line each, and nobody's words; Content-Length is
+        one of them. Raises Unanswered, and whatever `body.pieces` raises."""
         for turn in range(1, _STALE_MAX + 1):
             this = _Try(0 if isinstance(body, bytes) else body.length)
-            _TRY.set(this)
+            SEAT.set(this)
             try:
-                if isinstance(body, bytes) and len(body) <= _AT_ONCE_BYTES:
-                    return await self._exchange(this, headers, body, self._in_all)
                 async with asyncio.timeout(self._answer_s) as this.deadline:
+                    if isinstance(body, bytes) and len(body) <= _AT_ONCE_BYTES:
+                        return await self._ask(this, headers, body)
                     data = body if isinstance(body, bytes) else self._in_pieces(this, body)
-                    return await self._exchange(this, headers, data, self._to_connect)
+                    return await self._exchange(this, headers, data)
             except (aiohttp.ClientError, TimeoutError) as error:
                 if this.flaw is not None:
                     raise this.flaw from None
@@ -147,34 +109,45 @@ class HttpPost:
         raise AssertionError("the last turn returns or raises")
 
     async def close(self) -> None:
-        if self._session is not None:
-            session, self._session = self._session, None
-            await session.close()
+        if self._line is not None:
+            line, self._line = self._line, None
+            await line.close()
             await asyncio.sleep(0)  # the transports close their sockets at the loop's next turn
 
+    async def _ask(self, this: _Try, headers: Mapping[str, str], body: bytes) -> Answer:
+        """Straight over a connection of the pool. Raises aiohttp.ClientError."""
+        line = self._line or await self._opened()
+        connection = await line.connect()
+        whole = False
+        try:
+            status, fields, content = await line.ask(connection, headers, body)
+            this.status = status
+            if not 200 <= status < 300:
+                return Answer(status, fields.get("Retry-After"))  # what it says beside is not asked for
+            whole = await _is_whole(this, status, fields, content)
+            return Answer(status, None)
+        finally:
+            if whole:
+                connection.release()
+            else:
+                connection.close()
+
     async def _exchange(
-        self,
-        this: _Try,
-        headers: Mapping[str, str],
-        data: bytes | AsyncGenerator[bytes, None],
-        within: aiohttp.ClientTimeout,
+        self, this: _Try, headers: Mapping[str, str], data: bytes | AsyncGenerator[bytes, None]
     ) -> Answer:
-        session = self._session or await self._opened()
-        async with session.post(
-            self._url, data=data, headers=headers, allow_redirects=False, timeout=within
-        ) as response:
+        """Through the session."""
+        line = self._line or await self._opened()
+        async with line.session.post(
+            self._url, data=data, headers=headers, allow_redirects=False, timeout=self._to_connect
+        ) as response:  # fmt: skip
             this.status = status = response.status
             if not 200 <= status < 300:
                 response.close()  # what it says is not asked for
                 return Answer(status, response.headers.get("Retry-After"))
-            content = response.content
-            there = content.is_eof() and content.exception() is None
-            if not (there or await _read_whole(response)) or this.unsent:
+            if not await _is_whole(this, status, response.headers, response.content) or this.unsent:
                 response.close()
             if this.unsent:
                 raise Unanswered("it said yes before it had taken the whole request", connection=False)
-            if this.wire is not None and this.wire.cut is not None and _ends_with_connection(response):
-                raise aiohttp.ClientPayloadError
             return Answer(status, None)
 
     async def _in_pieces(self, this: _Try, body: Pieces) -> AsyncGenerator[bytes, None]:
@@ -193,18 +166,13 @@ class HttpPost:
             this.flaw = flaw
             raise
 
-    async def _opened(self) -> aiohttp.ClientSession:
+    async def _opened(self) -> Line:
         """Made when first used: it belongs to the running loop."""
-        if self._session is None:
+        if self._line is None:
             # In a thread: it reads some hundred certificates.
             tls = await asyncio.to_thread(ssl.create_default_context) if self._url.scheme == "https" else True
-            self._session = self._session or aiohttp.ClientSession(
-                connector=_Connector(limit=self._at_once, keepalive_timeout=KEEP_S, ssl=tls),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,
-                trust_env=False,
-            )
-        return self._session
+            self._line = self._line or Line(self._url, self._headers, self._at_once, tls, self._to_connect)
+        return self._line
 
     def _unanswered(self, this: _Try, error: Exception) -> Unanswered:
         where, status = self._where, this.status
@@ -232,20 +200,30 @@ class HttpPost:
                 return Unanswered("what it answers is no HTTP that can be read", connection=False)
 
 
-async def _read_whole(response: aiohttp.ClientResponse) -> bool:
-    """To its end, or as much as is listened to."""
+async def _is_whole(this: _Try, status: int, fields: Fields, content: aiohttp.StreamReader) -> bool:
+    """Reads to the end, or as much as is listened to. Raises aiohttp.ClientPayloadError: a part is missing."""
+    whole = (content.is_eof() and content.exception() is None) or await _read_to_end(content)
+    if this.wire is not None and this.wire.cut is not None and _ends_with_connection(status, fields):
+        raise aiohttp.ClientPayloadError
+    return whole
+
+
+async def _read_to_end(content: aiohttp.StreamReader) -> bool:
     taken = 0
-    while chunk := await response.content.readany():
+    while chunk := await content.readany():
         taken += len(chunk)
         if taken > ANSWER_BYTES_MAX:
             return False
     return True
 
 
-def _ends_with_connection(response: aiohttp.ClientResponse) -> bool:
+def _ends_with_connection(status: int, fields: Fields) -> bool:
     """It says neither its length nor its last chunk: only an orderly end of the connection is its end."""
-    headers = response.headers
-    return "Content-Length" not in headers and "Transfer-Encoding" not in headers and response.status != 204
+    return (
+        "Content-Length" not in fields
+        and "Transfer-Encoding" not in fields
+        and status != HTTPStatus.NO_CONTENT
+    )
 
 
 def _explained(error: Exception) -> str:

@@ -56,9 +56,8 @@ class WebhookSink:
         self.notices: list[str] = []
         files = settings.secret_file or []
         self._keys = SigningKeys([files] if isinstance(files, str) else files, context.now_us)
-        self._headers = _headers(settings.headers or {})
         answer_s = float(settings.timeout or TIMEOUT_S)
-        self._client = HttpPost(self._url, answer_s, self.concurrency)
+        self._client = HttpPost(self._url, _headers(settings.headers or {}), answer_s, self.concurrency)
         self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._now_us = context.now_us
         self._told: str | None = None
@@ -123,10 +122,11 @@ class WebhookSink:
     async def _post(
         self, delivery: Delivery, at_s: int, length: int, signed: str | None, body: bytes | LargeBody
     ) -> Answer:
-        headers = self._headers.copy()
-        headers["Content-Length"] = str(length)
-        headers["webhook-id"] = delivery.delivery_id
-        headers["webhook-timestamp"] = str(at_s)
+        headers = {
+            "Content-Length": str(length),
+            "webhook-id": delivery.delivery_id,
+            "webhook-timestamp": str(at_s),
+        }
         if signed:
             headers["webhook-signature"] = signed
         return await self._client.post(headers, body)

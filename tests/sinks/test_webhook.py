@@ -18,7 +18,7 @@ from standardwebhooks.webhooks import WebhookVerificationError
 
 from agentqd.core.settings import Sink as SinkSettings
 from agentqd.core.units import Duration
-from agentqd.sinks import httppost
+from agentqd.sinks import httpline, httppost
 from agentqd.sinks.base import Context, Deferred, Delivered, Disabled, Outcome
 from agentqd.sinks.httppost import ANSWER_BYTES_MAX
 from agentqd.sinks.webhook import WebhookSink
@@ -471,7 +471,7 @@ async def test_what_comes_unasked_over_a_kept_connection_is_never_an_answer(web:
 
 
 async def test_idle_connections_are_given_up(web: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(httppost, "KEEP_S", 0.1)
+    monkeypatch.setattr(httpline, "KEEP_S", 0.1)
     async with sink_to(web.url) as sink:
         await asyncio.gather(*(one(sink, number) for number in range(1, 6)))
         assert web.connections >= 1
