@@ -82,7 +82,9 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
             50 if quick else 500,
             1 if quick else delivery.ROUNDS,
         ),
-        "isolation": lambda: isolation.measure(_sub(folder, "isolation"), min(samples, isolation.SAMPLES)),
+        "isolation": lambda: isolation.measure(
+            _sub(folder, "isolation"), min(samples, isolation.SAMPLES), 0.1 if quick else 1.0
+        ),
         "remote": lambda: remote.measure(
             folder,
             submits=20 if quick else 50,

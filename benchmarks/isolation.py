@@ -1,5 +1,8 @@
 """A dead, a slow and a flooded sink beside a healthy one, in one daemon: what the healthy one's deliveries notice of it.
 
+The flood is, in turn, one of commands (processes keep both cores busy), of webhooks whose receiver answers at once (they keep the
+daemon's thread busy) and of lines of a file (large batches).
+
 From the transaction that ends a task (the envelope's time) to its line at the receiver, the healthy `file` sink, one task every
 25 ms. Two boxes with the same config, measured in turns; one of them has rows for the three others.
 """
@@ -25,8 +28,13 @@ from agentqd.storage.outbox import NewEntry
 from agentqd.storage.transaction import Transaction
 from benchmarks.box import WAIT_S, Box, command_line
 from benchmarks.measure import Row, interleaved, percentile, summary
+from benchmarks.webhook import web_server
 
-FLOOD: Final = 60_000
+FLOODS: Final = {
+    "command": 40_000,
+    "webhook": 100_000,
+    "file": 400_000,
+}  # they last as long as the samples, and most is left
 DEAD: Final = 1000
 SLOW: Final = 1000
 SAMPLES: Final = 400  # at most: the flood is to last as long
@@ -35,8 +43,18 @@ _PAUSE_S: Final = 0.025
 _A_COMMIT: Final = 2000
 
 
-def measure(folder: Path, samples: int) -> list[Row]:
-    with _box(folder / "quiet", flooded=False) as quiet, _box(folder / "loud", flooded=True) as loud:
+def measure(folder: Path, samples: int, share: float = 1.0) -> list[Row]:
+    """`share` of each flood."""
+    with web_server() as port, _box(folder / "quiet", port, None, 0) as quiet:
+        return [
+            row
+            for kind, rows in FLOODS.items()
+            for row in _beside(folder, port, quiet, kind, int(rows * share), samples)
+        ]
+
+
+def _beside(folder: Path, port: int, quiet: Box, kind: str, rows: int, samples: int) -> list[Row]:
+    with _box(folder / kind, port, kind, rows) as loud:
         quietly, loudly = _deliveries(quiet), _deliveries(loud)
         quietly(5)
         loudly(5)
@@ -46,19 +64,20 @@ def measure(folder: Path, samples: int) -> list[Row]:
         finally:
             _signal(loud, signal.SIGCONT)
         left = loud.status()["sinks"]["flooded"]["pending"]
-        detail = {"floor_us": summary(low, 1e6), "ours_us": summary(high, 1e6), "flood_left": left}
-        return [
-            Row(
-                f"a dead, a slow and a flooded sink: a healthy one's delivery, {name}",
-                percentile(low, share) * 1e6,
-                percentile(high, share) * 1e6,
-                "us",
-                limit,
-                note=f"{FLOOD - left:,} of the flood went by meanwhile" if left else "the flood was over before the end",
-                detail=detail,
-            )
-            for name, share, limit in (("p50", 0.5, None), ("p99", 0.99, 2.0))
-        ]  # fmt: skip
+    detail = {"floor_us": summary(low, 1e6), "ours_us": summary(high, 1e6), "flood_left": left}
+    gone = f"{rows - left:,} of the flood went by meanwhile"
+    return [
+        Row(
+            f"a dead, a slow and a flooded sink ({kind}): a healthy one's delivery, {name}",
+            percentile(low, share) * 1e6,
+            percentile(high, share) * 1e6,
+            "us",
+            limit,
+            note=gone if left else "the flood was over before the end",
+            detail=detail,
+        )
+        for name, share, limit in (("p50", 0.5, None), ("p99", 0.99, 2.0))
+    ]
 
 
 def _alone(box: Box, take: Callable[[int], list[float]]) -> Callable[[int], list[float]]:
@@ -79,7 +98,7 @@ def _signal(box: Box, number: int) -> None:
 
 
 @contextmanager
-def _box(folder: Path, *, flooded: bool) -> Iterator[Box]:
+def _box(folder: Path, port: int, flood: str | None, rows: int) -> Iterator[Box]:
     folder.mkdir(parents=True)
     with socket.socket() as nobody:  # bound, not listening: every connection is refused
         nobody.bind(("127.0.0.1", 0))
@@ -89,15 +108,18 @@ def _box(folder: Path, *, flooded: bool) -> Iterator[Box]:
             "healthy": {"type": "file", "path": str(folder / "healthy.jsonl")},
             "dead": {"type": "ssh", "host": "127.0.0.1", "port": nobody.getsockname()[1], "path": "/", "known_hosts": str(known_hosts), "backoff": "1s"},
             "slow": {"type": "command", "command": ["sleep", "2"]},
-            "flooded": {"type": "command", "command": ["/bin/true"], "concurrency": 20},
+            "flooded": {
+                "webhook": {"type": "webhook", "url": f"http://127.0.0.1:{port}/hook"},
+                "file": {"type": "file", "path": str(folder / "flooded.jsonl")},
+            }.get(flood or "", {"type": "command", "command": ["/bin/true"], "concurrency": 20}),
         }  # fmt: skip
         with Box(folder, {"sinks": sinks, "defaults": {"deliver_to": ["healthy"]}}) as box:
             box.start()
             box.wait_for_supervisor()
-            if flooded:
+            if rows:
                 box.stop()
                 asyncio.run(
-                    _fill(str(box.state / "journal.db"), {"flooded": FLOOD, "dead": DEAD, "slow": SLOW})
+                    _fill(str(box.state / "journal.db"), {"flooded": rows, "dead": DEAD, "slow": SLOW})
                 )
                 box.start()
                 box.wait_for_supervisor()
@@ -156,7 +178,7 @@ class _Lines:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._offset = 0
+        self._offset = path.stat().st_size if path.exists() else 0
 
     def next(self) -> tuple[dict[str, Any], int]:
         deadline = time.monotonic() + WAIT_S

@@ -169,7 +169,7 @@ def _wait_for(delivered: object, count: int) -> int:
 
 
 @contextmanager
-def _server() -> Iterator[int]:
+def web_server() -> Iterator[int]:
     command = [sys.executable, str(Path(__file__).with_name("webserver.py"))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
@@ -192,7 +192,7 @@ def measure(folder: Path, deliveries: int, rounds: int = ROUNDS) -> list[Row]:
     bare: list[float] = []
     marked: list[float] = []
     ours: list[float] = []
-    with _server() as port:
+    with web_server() as port:
         hook = {"type": "webhook", "url": f"http://127.0.0.1:{port}/hook", "secret_file": str(secret)}
         with Box(place / "box", {"sinks": {"hook": hook}}) as box:
             box.start()

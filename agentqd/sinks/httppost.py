@@ -85,7 +85,7 @@ class HttpPost:
         self._answer_s = answer_s
         self._at_once = at_once
         self._headers = dict(headers)
-        self._to_connect = aiohttp.ClientTimeout(total=None, connect=CONNECT_S)
+        self._to_connect = aiohttp.ClientTimeout(total=None, connect=min(CONNECT_S, answer_s))
         self._line: Line | None = None
 
     async def post(self, headers: Mapping[str, str], body: bytes | Pieces) -> Answer:
@@ -95,9 +95,9 @@ class HttpPost:
             this = _Try(0 if isinstance(body, bytes) else body.length)
             SEAT.set(this)
             try:
+                if isinstance(body, bytes) and len(body) <= _AT_ONCE_BYTES:
+                    return await self._ask(this, headers, body)
                 async with asyncio.timeout(self._answer_s) as this.deadline:
-                    if isinstance(body, bytes) and len(body) <= _AT_ONCE_BYTES:
-                        return await self._ask(this, headers, body)
                     data = body if isinstance(body, bytes) else self._in_pieces(this, body)
                     return await self._exchange(this, headers, data)
             except (aiohttp.ClientError, TimeoutError) as error:
@@ -115,16 +115,17 @@ class HttpPost:
             await asyncio.sleep(0)  # the transports close their sockets at the loop's next turn
 
     async def _ask(self, this: _Try, headers: Mapping[str, str], body: bytes) -> Answer:
-        """Straight over a connection of the pool. Raises aiohttp.ClientError."""
+        """Straight over a connection of the pool. Raises aiohttp.ClientError, TimeoutError."""
+        until = asyncio.get_running_loop().time() + self._answer_s
         line = self._line or await self._opened()
         connection = await line.connect()
         whole = False
         try:
-            status, fields, content = await line.ask(connection, headers, body)
+            status, fields, content = await line.ask(connection, headers, body, until)
             this.status = status
             if not 200 <= status < 300:
                 return Answer(status, fields.get("Retry-After"))  # what it says beside is not asked for
-            whole = await _is_whole(this, status, fields, content)
+            whole = await _is_whole(this, status, fields, content, until)
             return Answer(status, None)
         finally:
             if whole:
@@ -178,7 +179,9 @@ class HttpPost:
         where, status = self._where, this.status
         match error:
             case aiohttp.ServerTimeoutError():
-                return Unanswered(f"{where}: no connection within {CONNECT_S:g} s", connection=True)
+                return Unanswered(
+                    f"{where}: no connection within {self._to_connect.connect:g} s", connection=True
+                )
             case TimeoutError():
                 what = f"HTTP {status}, and no end of its answer" if status else "no answer"
                 return Unanswered(f"{what} within {self._answer_s:g} s", connection=True, busy=True)
@@ -200,9 +203,14 @@ class HttpPost:
                 return Unanswered("what it answers is no HTTP that can be read", connection=False)
 
 
-async def _is_whole(this: _Try, status: int, fields: Fields, content: aiohttp.StreamReader) -> bool:
-    """Reads to the end, or as much as is listened to. Raises aiohttp.ClientPayloadError: a part is missing."""
-    whole = (content.is_eof() and content.exception() is None) or await _read_to_end(content)
+async def _is_whole(
+    this: _Try, status: int, fields: Fields, content: aiohttp.StreamReader, until: float | None = None
+) -> bool:
+    """Reads to the end, or as much as is listened to. Raises aiohttp.ClientPayloadError: a part is missing; TimeoutError."""
+    whole = content.is_eof() and content.exception() is None
+    if not whole:
+        async with asyncio.timeout_at(until):
+            whole = await _read_to_end(content)
     if this.wire is not None and this.wire.cut is not None and _ends_with_connection(status, fields):
         raise aiohttp.ClientPayloadError
     return whole

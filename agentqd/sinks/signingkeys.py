@@ -1,4 +1,4 @@
-"""The keys of a webhook's secret files: looked at before a try, a hundred times a second at most, and read when they have changed."""
+"""The keys of a webhook's secret files: looked at before a try, ten times a second at most, and read when they have changed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from agentqd.sinks.signing import read_keys
 _SETTLED_NS: Final = (
     2_000_000_000  # a file changed so shortly before may change again within one tick of its clock
 )
-_LOOK_EVERY_US: Final = 10_000  # under load a look at each file would cost as much as the signature
+_LOOK_EVERY_US: Final = 100_000  # under load a look gives the interpreter's lock away, and waits for it
 _Identity = tuple[int, ...]
 
 
 class SigningKeys:
-    """Invariant: what `now` returns is what a reading of all files would have given within the last 10 ms."""
+    """Invariant: what `now` returns is what a reading of all files would have given within the last 100 ms."""
 
     def __init__(self, files: Sequence[str], now_us: Callable[[], int]) -> None:
         self._files = list(files)

@@ -104,6 +104,30 @@ async def test_the_envelope_goes_out_as_stored_and_its_verifier_is_content(
         Webhook(SECRET_LINE).verify(request.body + b" ", request.headers)
 
 
+async def test_a_long_envelope_goes_another_way_with_the_same_fields(web: Receiver, tmp_path: Path) -> None:
+    """Up to 48 KiB straight over the connection, else by the library's session: the receiver cannot tell."""
+    options = {"secret_file": keep_secret(tmp_path / "s"), "headers": {"X-Team": "a b", "User-Agent": "mine"}}
+    entries = [delivery(n, padding=n) for n in (10, 47_000, 49_000, 200_000)]
+    async with sink_to(web.url, **options) as sink:
+        assert await sink.deliver(entries) == [Delivered()] * len(entries)
+    fields = [
+        {name: value for name, value in request.headers.items() if name not in {"content-length", "webhook-id", "webhook-signature", "webhook-timestamp"}}
+        for request in web.seen
+    ]  # fmt: skip
+    assert fields == [fields[0]] * len(entries)
+    assert {request.line for request in web.seen} == {"POST /hook HTTP/1.1"}
+    for request, entry in zip(web.seen, entries, strict=True):
+        assert request.body == entry.payload
+        assert request.headers["content-length"] == str(len(entry.payload))
+        Webhook(SECRET_LINE).verify(request.body, request.headers)
+
+
+@pytest.mark.parametrize("value", ["a\r\nX: y", "a\nX: y", "a\rX: y", "a\0"])
+def test_a_field_is_never_more_than_one_line(value: str) -> None:
+    with pytest.raises(ValueError, match="line end"):
+        httpline.lines({"X-Team": value, "Y": "z"})
+
+
 async def test_without_a_secret_file_it_goes_unsigned(web: Receiver) -> None:
     async with sink_to(web.url) as sink:
         assert await one(sink) == Delivered()
