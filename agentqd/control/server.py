@@ -144,6 +144,7 @@ def _guard(room: Room) -> Middleware:
     @web.middleware
     async def guard(request: web.Request, handler: _Aiohttp) -> web.StreamResponse:
         try:
+            room.box.stir()
             await _check_peer(room, request)
             if HEADER in request.headers and (names := read_contact(request.headers[HEADER])):
                 room.parts.delivery.hears_of(names)

@@ -114,7 +114,7 @@ def _whole_view(room: Room, name: str, seen: SinksSeen, now_us: int) -> dict[str
         **sink_view(room, name, seen, now_us),
         "backlog": backlog,
         **(
-            runner.rates()
+            runner.counts.told(runner.box.clock.monotonic_s())
             if runner is not None
             else {"delivered_last": None, "failed_last": None, "counted_since": None}
         ),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from agentqd.core.limits import FRESH_BYTES_MAX, FRESH_ROWS_MAX, PAGE_BYTES_MAX, PAGE_ROWS, PAGE_ROWS_LOW
 from agentqd.core.outbox import RowEvent
@@ -27,10 +27,19 @@ from agentqd.storage.outbox import DueRow, Mark
 class Backlog:
     """One sink's, without an order: one new and one deferred row in turn. Used by one runner."""
 
-    def __init__(self, box: Box, sink: str, in_flight: set[int], batch_max: int) -> None:
+    def __init__(
+        self,
+        box: Box,
+        sink: str,
+        in_flight: set[int],
+        batch_max: int,
+        page: Callable[[int], int] = lambda most: most,
+    ) -> None:
+        """`page`: how many rows are read at once, of so many at most."""
         self._box = box
         self._sink = sink
         self._in_flight = in_flight
+        self._page_of = page
         self._page_rows = max(PAGE_ROWS, batch_max)
         self._fresh: deque[DueRow] = deque()
         self._fresh_bytes = 0
@@ -50,6 +59,11 @@ class Backlog:
     def only_fresh(self) -> int:
         """How many new rows wait, if nothing else does."""
         return 0 if self._page else len(self._fresh)
+
+    @property
+    def waiting(self) -> int:
+        """How many rows are there to be sent; of those that are not in memory only whether there are some: a page of them."""
+        return len(self._page) + len(self._fresh) + (self._page_rows if self._page and self._look else 0)
 
     def offer(self, rows: Sequence[DueRow], *, look: bool) -> None:
         """After a commit: new rows, and whether there are others to be looked for in the journal."""
@@ -121,7 +135,7 @@ class Backlog:
 
     async def _read(self) -> None:
         self._look, self._look_at = False, None
-        now, limit, forgotten = self._box.clock.now_us(), self._page_rows, self._forgotten
+        now, limit, forgotten = self._box.clock.now_us(), self._page_of(self._page_rows), self._forgotten
         # The read may see rows in flight as they were before their marks became durable.
         skip = {*self._in_flight, *self._page_seqs, *(row.entry_seq for row in self._fresh)}
 
@@ -155,8 +169,15 @@ class OrderedBacklog(Backlog):
     A row that a person sends again goes where its entry stands: before all later ones that are still open.
     """
 
-    def __init__(self, box: Box, sink: str, in_flight: set[int], batch_max: int) -> None:
-        super().__init__(box, sink, in_flight, batch_max)
+    def __init__(
+        self,
+        box: Box,
+        sink: str,
+        in_flight: set[int],
+        batch_max: int,
+        page: Callable[[int], int] = lambda most: most,
+    ) -> None:
+        super().__init__(box, sink, in_flight, batch_max, page)
         self._floor = 0  # no open row below it
         self._deferring = 0  # deferred rows whose mark is not durable yet
 
@@ -194,8 +215,9 @@ class OrderedBacklog(Backlog):
         self._look, self._look_at = False, None
         now, floor, forgotten = self._box.clock.now_us(), self._floor, self._forgotten
         skip = frozenset(self._in_flight)  # all of them answered for good: deferred ones are waited for
+        limit = self._page_of(self._page_rows)
         rows, floor, later = await self._box.journal.read(
-            lambda c: outbox.next_in_order(c, self._sink, now, self._page_rows, floor, skip, PAGE_BYTES_MAX)
+            lambda c: outbox.next_in_order(c, self._sink, now, limit, floor, skip, PAGE_BYTES_MAX)
         )
         if rows:
             self._look = True

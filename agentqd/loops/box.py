@@ -68,6 +68,7 @@ class Box:
         self.draining = False  # by a person's word, which the journal keeps
         self.draining_since_us: int | None = None
         self.disk_low = False
+        self.stirred = 0
         self.beats: dict[str, float] = {}
         self.on_settings: list[Callable[[], None]] = []
         self.on_task_change: list[Callable[[str], None]] = []
@@ -88,6 +89,15 @@ class Box:
     def drain(self, since_us: int | None) -> None:
         """Accept and start nothing more, or (None) do so again."""
         self.draining, self.draining_since_us = since_us is not None, since_us
+
+    def stir(self) -> None:
+        """Something has come that somebody waits for (a line, a worker's end, a request): sinks with a backlog give way."""
+        self.stirred += 1
+
+    @property
+    def stirs(self) -> int:
+        """How often so far; whatever waits for a commit counts too."""
+        return self.stirred + self.journal.asked
 
     def beat(self, loop: str) -> None:
         """A loop has done a turn of its work: feeds the watchdog and the stalled-loop alert."""

@@ -2,7 +2,7 @@
 
 The parts: `sinkrunner` (one sink's loop), `gate` (may it send now), `backlog` (what it sends next), `sending` (one batch, made safe),
 `recording` and `marking` (what became of it, in the journal), `parking` (many rows at once), `sinkmemory` (what outlives a
-restart), `trying` (a person's test); the decisions are core's: `retry`, `breaker`, `pace`, `bucket`.
+restart), `trying` (a person's test); the decisions are core's: `retry`, `breaker`, `pace`, `bucket`, `giveway`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from agentqd.core.errors import ConfigError
+from agentqd.core.giveway import GiveWay
 from agentqd.core.routing import COMPLETIONS, REJECTED
 from agentqd.core.settings import Sink as SinkSettings
 from agentqd.loops import sinkmemory
@@ -37,6 +38,7 @@ class DeliveryLoop:
         self._draw = draw
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed = Signal()
+        self._way = GiveWay()
         box.on_settings.append(self._changed.set)
 
     def before_commit(self, tx: Transaction) -> None:
@@ -100,7 +102,7 @@ class DeliveryLoop:
                 continue
             try:
                 runner = SinkRunner(
-                    self.box, name, settings, self._exec, self._draw, built_in=name in _BUILT_IN
+                    self.box, name, settings, self._exec, self._draw, self._way, built_in=name in _BUILT_IN
                 )
             except ConfigError as error:
                 self.box.log.error("sink_unusable", sink=name, error=error.message)
@@ -114,4 +116,5 @@ class DeliveryLoop:
         task = self._tasks.pop(name)
         task.cancel()
         await asyncio.wait([task])
+        self._way.forget(name)
         self.box.beats.pop(f"sink:{name}", None)

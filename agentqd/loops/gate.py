@@ -1,5 +1,5 @@
 """Whether one sink may send now: is it enabled, does its breaker allow it, has its receiver asked to be left alone, its pace, its
-rate. And when to look again.
+rate, do others go first. And when to look again.
 
 What it knows is in memory; what of it outlives the daemon is `sinkmemory`'s.
 """
@@ -14,6 +14,7 @@ from agentqd.core.bucket import Bucket
 from agentqd.core.limits import LEFT_ALONE_MAX_S
 from agentqd.core.pace import Pace
 from agentqd.core.units import Rate, format_time
+from agentqd.loops.courtesy import Courtesy
 from agentqd.loops.sinkmemory import Kept, Word
 from agentqd.sinks.base import Deferred
 
@@ -24,8 +25,9 @@ IDLE_MAX_S: Final = 30.0
 class Gate:
     """One runner's. Times are monotonic seconds."""
 
-    def __init__(self, most: int, rate: Rate | None, now_s: float) -> None:
+    def __init__(self, most: int, rate: Rate | None, now_s: float, courtesy: Courtesy) -> None:
         self.pace = Pace(most)
+        self.courtesy = courtesy
         self.breaker = Breaker()
         self.rate = rate
         self.bucket = None if rate is None else Bucket(rate, now_s)
@@ -85,6 +87,7 @@ class Gate:
 
     def allows(self, now_s: float, under_way: int) -> bool:
         """May one more send begin?"""
+        self.courtesy.left_s = 0.0
         if self._alone_until_s is not None:
             if now_s < self._alone_until_s:
                 return False
@@ -94,13 +97,16 @@ class Gate:
             and under_way < self.pace.limit
             and (self.bucket is None or self.bucket.wait_s(now_s) == 0.0)
             and self.breaker.allows(now_s, under_way)
+            and self.courtesy.allows()
         )
 
     def most(self, batch_max: int, now_s: float) -> int:
         """Of how many rows at most."""
-        return batch_max if self.bucket is None else min(batch_max, self.bucket.tokens(now_s))
+        rows = self.courtesy.most(batch_max)
+        return rows if self.bucket is None else min(rows, self.bucket.tokens(now_s))
 
     def begin(self, rows: int, now_s: float) -> None:
+        self.courtesy.begin()
         if self.bucket is not None:
             self.bucket.take(rows, now_s)
 
@@ -117,6 +123,8 @@ class Gate:
                 waits.append(token_s)
             elif look_in_s is not None:
                 waits.append(look_in_s)
+            if self.courtesy.left_s > 0:
+                waits.append(self.courtesy.left_s)
         return max(0.001, min(waits))
 
     @property

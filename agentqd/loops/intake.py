@@ -69,6 +69,7 @@ class Intake:
                     self.box.beat("intake")
             await self._maintain()
             hints = await self.inotify.wait(self.box.rescan_s)
+            self.box.stir()
             if not self._watching or (not isinstance(hints, Overflow) and any(hint.gone for hint in hints)):
                 self._watch()
 

@@ -41,12 +41,19 @@ class Recorder:
     """One sink's. `keep` is a unit's part; `marked` is called on the loop's thread for all of a unit, durable or failed."""
 
     def __init__(
-        self, box: Box, sink: str, keep: Callable[[Transaction, SinkMemory], None], marked: Marked
+        self,
+        box: Box,
+        sink: str,
+        keep: Callable[[Transaction, SinkMemory], None],
+        marked: Marked,
+        within_s: Callable[[], float],
     ) -> None:
+        """`within_s`: how soon a unit is to be committed, if nothing else is."""
         self._box = box
         self._sink = sink
         self._keep = keep
         self._marked = marked
+        self._within_s = within_s
         self._waiting: deque[Answered] = deque()
         self._under_way = False
 
@@ -80,7 +87,7 @@ class Recorder:
             if taken and taken[-1].tokens is not None:
                 sinkmemory.save_bucket(tx, self._sink, taken[-1].tokens)
 
-        future = self._box.journal.submit_lazily(unit)
+        future = self._box.journal.submit_lazily(unit, self._within_s())
         future.add_done_callback(lambda done: self._done(done, taken, source))
 
     def _done(self, done: asyncio.Future[None], taken: list[Answered], source: deque[Answered]) -> None:

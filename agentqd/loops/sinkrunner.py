@@ -18,21 +18,22 @@ from typing import Any, Final
 import msgspec
 
 from agentqd.core.breaker import BreakerState
+from agentqd.core.giveway import BATCH_GAP_S, SEND_GAP_S, GiveWay
 from agentqd.core.limits import CONTACT_EVERY_S, ROWS_A_COMMIT
 from agentqd.core.outbox import RowEvent
 from agentqd.core.retry import Schedule
 from agentqd.core.settings import Sink as SinkSettings
-from agentqd.core.tally import Tally
-from agentqd.core.units import format_time
 from agentqd.loops import parking, sinkmemory
 from agentqd.loops.alerts import alert
 from agentqd.loops.backlog import Backlog, OrderedBacklog
 from agentqd.loops.box import Box, Signal
+from agentqd.loops.courtesy import Courtesy
 from agentqd.loops.gate import Gate
 from agentqd.loops.marking import mark_for, mark_found
 from agentqd.loops.notices import tell_notices
 from agentqd.loops.recording import Answered, Recorder
 from agentqd.loops.sending import Unfit, send
+from agentqd.loops.sinkcounts import SinkCounts
 from agentqd.loops.sinkmemory import Kept, SinkMemory, Word
 from agentqd.sinks.base import Context, Deferred, Delivered, Disabled, Exec, Outcome, Sink
 from agentqd.sinks.reason import bounded, explained
@@ -57,6 +58,7 @@ class SinkRunner:
         settings: SinkSettings,
         exec_: Exec,
         draw: Callable[[], float],
+        way: GiveWay,
         *,
         built_in: bool = False,
     ) -> None:
@@ -68,21 +70,22 @@ class SinkRunner:
         self.in_flight: set[int] = set()
         self.last_error: str | None = None
         self.is_open = False
-        self.delivered, self.failed = Tally(), Tally()  # tries, since this runner began
-        self.delivered_us: int | None = None  # when something last arrived, likewise
-        self.began_us = box.clock.now_us()
+        self.counts = SinkCounts(box.clock.now_us())
+        self.delivered_us: int | None = None  # when something last arrived, since this runner began
         self._draw = draw
         context = Context(name, settings, box.folders.state, exec_, box.clock.now_us)
         self.plug: Sink = make_sink(context, int(box.settings.limits.completions_bytes_max))
+        gap_s = SEND_GAP_S if self.plug.batch_max == 1 else BATCH_GAP_S
+        courtesy = Courtesy(way, name, gap_s, lambda: box.stirs, lambda: self.backlog.waiting)
         self._ordered = bool(settings.ordered)
         kind = OrderedBacklog if self._ordered else Backlog
-        self.backlog = kind(box, name, self.in_flight, self.plug.batch_max)
+        self.backlog = kind(box, name, self.in_flight, self.plug.batch_max, courtesy.page)
         most = 1 if self._ordered else self.plug.concurrency
-        self.gate = Gate(most, settings.rate, box.clock.monotonic_s())
+        self.gate = Gate(most, settings.rate, box.clock.monotonic_s(), courtesy)
         self._kept = SinkMemory()  # as the journal has it
         self._under_way = 0
         self._waits_for_send = False  # the end of a send may let another begin
-        self._recorder = Recorder(box, name, self._keep, self._marked)
+        self._recorder = Recorder(box, name, self._keep, self._marked, courtesy.within_s)
         self._chores: dict[str, Callable[[Transaction], int]] = {}  # some hundred rows a commit
         self._said: Word | None = None  # a person's, since this runner began: newer than what it reads
         self._heard_of_s: float | None = None
@@ -102,9 +105,7 @@ class SinkRunner:
                         if not self._may_send():  # a send has failed while the journal was read
                             self.backlog.put_back(batch)
                             continue
-                        self.gate.begin(len(batch), self.box.clock.monotonic_s())
-                        self._under_way += 1
-                        self.in_flight.update([row.entry_seq for row in batch])
+                        self._begin(batch)
                         sends.create_task(self._send_on(batch))
                         continue
                     await self.kick.wait(self._idle_s())
@@ -176,15 +177,6 @@ class SinkRunner:
         """What `status` shows of it."""
         return self.gate.health(self.box.clock.monotonic_s(), self.box.clock.now_us(), self._under_way)
 
-    def rates(self) -> dict[str, Any]:
-        """How many tries succeeded and failed lately: counted in memory, since `counted_since`."""
-        now = self.box.clock.monotonic_s()
-        return {
-            "delivered_last": self.delivered.sums(now),
-            "failed_last": self.failed.sums(now),
-            "counted_since": format_time(self.began_us),
-        }
-
     # What may be sent, and when to look again.
 
     def _may_send(self) -> bool:
@@ -199,6 +191,9 @@ class SinkRunner:
         await self.backlog.refill()
         if self.plug.batch_max > 1 and (waiting := self.backlog.only_fresh):
             await self._gather(waiting)
+        return self._take()
+
+    def _take(self) -> list[DueRow]:
         return self.backlog.take(self.gate.most(self.plug.batch_max, self.box.clock.monotonic_s()))
 
     async def _gather(self, waiting: int) -> None:
@@ -292,15 +287,17 @@ class SinkRunner:
             await self._send(batch)
             batch = []
             if self.plug.batch_max == 1 and not self._chores and self._has_room():
-                now = self.box.clock.monotonic_s()
-                batch = self.backlog.take(self.gate.most(1, now))
-                self.gate.begin(len(batch), now)
-                self._under_way += len(batch)
-                self.in_flight.update([row.entry_seq for row in batch])
-            if (
-                self._waits_for_send and (not batch or self._under_way < self.gate.pace.limit)
-            ) or self.backlog.runs_low:
+                batch = self._take()
+                self._begin(batch)
+            may_begin = self._waits_for_send and (not batch or self._under_way < self.gate.pace.limit)
+            if may_begin or self.gate.courtesy.left_s > 0 or self.backlog.runs_low:
                 self.kick.set()
+
+    def _begin(self, batch: list[DueRow]) -> None:
+        if batch:
+            self.gate.begin(len(batch), self.box.clock.monotonic_s())
+            self._under_way += 1
+            self.in_flight.update([row.entry_seq for row in batch])
 
     async def _send(self, batch: list[DueRow]) -> None:
         failpoint("send_begun")
@@ -331,14 +328,14 @@ class SinkRunner:
         was = gate.breaker.state
         troubles = [each for each in outcomes if type(each) is not Delivered]
         if len(troubles) < len(outcomes):
-            self.delivered.add(now, len(outcomes) - len(troubles))
+            self.counts.delivered.add(now, len(outcomes) - len(troubles))
             self.delivered_us = now_us
         if not troubles and was is BreakerState.CLOSED:
             gate.breaker.reached(now)
             gate.pace.succeeded()
             self.last_error = None
             return None
-        self.failed.add(now, len(troubles))
+        self.counts.failed.add(now, len(troubles))
         deferred = [each for each in troubles if isinstance(each, Deferred)]
         if any(each.connection for each in deferred):
             gate.breaker.failed(now, self._draw())

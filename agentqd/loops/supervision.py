@@ -151,6 +151,7 @@ class Supervision:
 
     def _on_exited(self, report: wire.Exited) -> None:
         """An end; two of them say that this supervisor never ran the attempt."""
+        self.box.stir()
         live = self.live.get(report.task)
         error = report.error if report.pid is None else None
         if live is None or live.task.attempt != report.attempt or error is None:

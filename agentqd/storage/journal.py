@@ -36,7 +36,7 @@ _CHECKPOINT_IDLE_S: Final = 0.25
 _CHECKPOINT_IDLE_CHANGES: Final = 500
 _CHECKPOINT_FRAMES: Final = 1800  # the log then starts over within what warm_log has made it grow to
 _WAL_TRUNCATE_BYTES: Final = 64 * limits.MIB
-_LAZY_S: Final = 0.004
+LAZY_S: Final = 0.004
 
 
 def _nothing(tx: Transaction) -> None:
@@ -56,6 +56,7 @@ class Journal:
             None  # scheduling: claims ride on every commit
         )
         self.failed: asyncio.Future[None]  # raises JournalError when the journal is no more
+        self.asked = 0  # units that somebody waits for, handed over so far
         self.commits = 0
         self.units = 0
         self._now_us = now_us
@@ -125,6 +126,7 @@ class Journal:
 
     def submit(self, unit: Callable[[Transaction], T]) -> asyncio.Future[T]:
         """Hand over a unit; the future is done when it is durable (or refused, or the journal failed)."""
+        self.asked += 1
         future: asyncio.Future[T] = self._loop.create_future()
         if self._error is not None:
             future.set_exception(self._error)
@@ -132,15 +134,18 @@ class Journal:
             self._inbox.put((unit, future))
         return future
 
-    def submit_lazily(self, unit: Callable[[Transaction], T]) -> asyncio.Future[T]:
-        """The same for what nobody waits for: it shares the next commit that is made anyway, or one within 4 ms."""
+    def submit_lazily(self, unit: Callable[[Transaction], T], within_s: float = LAZY_S) -> asyncio.Future[T]:
+        """The same for what nobody waits for: it shares the next commit that is made anyway, or one within that time."""
         future: asyncio.Future[T] = self._loop.create_future()
         if self._error is not None:
             future.set_exception(self._error)
             return future
         self._lazy.append((unit, future))
-        if self._lazy_timer is None:
-            self._lazy_timer = self._loop.call_later(_LAZY_S, self._flush_lazy)
+        at_s = self._loop.time() + within_s
+        if self._lazy_timer is None or at_s < self._lazy_timer.when():
+            if self._lazy_timer is not None:
+                self._lazy_timer.cancel()
+            self._lazy_timer = self._loop.call_at(at_s, self._flush_lazy)
         return future
 
     def _flush_lazy(self) -> None:

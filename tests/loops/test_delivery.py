@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from agentqd.core.giveway import GiveWay
 from agentqd.core.lifecycle import Event
 from agentqd.core.outbox import RowEvent, RowState
 from agentqd.core.settings import Alerts, Settings, Sink
@@ -83,7 +84,7 @@ def plug(monkeypatch: pytest.MonkeyPatch) -> Script:
 
 @asynccontextmanager
 async def _running(bench: Bench) -> AsyncIterator[SinkRunner]:
-    runner = SinkRunner(bench.box, "s", bench.box.settings.sinks["s"], None, lambda: 0.0)  # type: ignore[arg-type]
+    runner = SinkRunner(bench.box, "s", bench.box.settings.sinks["s"], None, lambda: 0.0, GiveWay())  # type: ignore[arg-type]
 
     def hook(tx: Transaction) -> None:
         given = tx.sinks_made_pending()

@@ -9,10 +9,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from agentqd.core.giveway import GiveWay
 from agentqd.core.limits import LEFT_ALONE_MAX_S
 from agentqd.core.settings import Alerts, Settings, Sink
 from agentqd.core.units import Backoff, Duration
 from agentqd.loops import parking
+from agentqd.loops.courtesy import Courtesy
 from agentqd.loops.gate import Gate
 from agentqd.loops.sinkrunner import SinkRunner
 from agentqd.sinks.base import Deferred, Delivery
@@ -203,7 +205,7 @@ async def test_enable_lifts_it_for_a_sink_that_is_not_disabled(bench: Bench, plu
 
 
 def test_an_open_breaker_and_a_time_it_asked_for_are_both_waited_for() -> None:
-    gate = Gate(5, None, 0.0)
+    gate = Gate(5, None, 0.0, Courtesy(GiveWay(), "s", 0.0, lambda: 0, lambda: 0))
     for _ in range(5):
         gate.breaker.failed(0.0, 0.0)
     assert gate.leave_alone([Deferred("HTTP 503", retry_after_s=15.0, busy=True)], 0.0) == 15.0

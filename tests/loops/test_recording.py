@@ -15,6 +15,7 @@ from agentqd.loops.recording import Answered, Recorder
 from agentqd.sinks.base import Delivered
 from agentqd.sinks.registry import SCHEDULES
 from agentqd.storage import outbox
+from agentqd.storage.journal import LAZY_S
 from agentqd.storage.outbox import DueRow, Mark
 
 from .harness import Bench
@@ -40,7 +41,7 @@ def recorder(bench: Bench, told: list[tuple[str, bool]]) -> Recorder:
         assert [row.entry_seq for row in rows] == [mark.entry_seq for mark in marks]
         told.extend((row.delivery_id, failed) for row in rows)
 
-    return Recorder(bench.box, "s", lambda tx, memory: None, marked)
+    return Recorder(bench.box, "s", lambda tx, memory: None, marked, lambda: LAZY_S)
 
 
 async def test_what_is_answered_while_a_commit_is_under_way_shares_the_next_one(bench: Bench) -> None:

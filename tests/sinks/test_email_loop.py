@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from loops.harness import Bench
 
+from agentqd.core.giveway import GiveWay
 from agentqd.core.outbox import RowEvent
 from agentqd.core.settings import Alerts, Settings
 from agentqd.core.settings import Sink as SinkSettings
@@ -41,7 +42,7 @@ async def bench_of(post: EmailAdapter, tmp_path: Path) -> AsyncIterator[Bench]:
 @asynccontextmanager
 async def runner_on(bench: Bench) -> AsyncIterator[SinkRunner]:
     """The sink's loop as a daemon has it: one at a time."""
-    runner = SinkRunner(bench.box, "mail", bench.box.settings.sinks["mail"], None, lambda: 0.0)  # type: ignore[arg-type]
+    runner = SinkRunner(bench.box, "mail", bench.box.settings.sinks["mail"], None, lambda: 0.0, GiveWay())  # type: ignore[arg-type]
 
     def hook(tx: Transaction) -> None:
         given = tx.sinks_made_pending()
@@ -175,7 +176,7 @@ async def test_a_row_that_is_moved_to_another_mail_sink_goes_to_those_who_have_n
         moved = await bench.do(lambda tx: rowchanges.move(tx, rowchanges.find(tx, pick, "true", ()), "second", lambda *_: False))  # fmt: skip
         assert moved == rowchanges.Moved(1, 0)
         post.more |= {"from_": "second@example.org"}
-        second = SinkRunner(bench.box, "second", post.settings(), None, lambda: 0.0)  # type: ignore[arg-type]
+        second = SinkRunner(bench.box, "second", post.settings(), None, lambda: 0.0, GiveWay())  # type: ignore[arg-type]
         task = asyncio.create_task(second.run())
         async with asyncio.timeout(30):
             while await bench.rows("SELECT state, progress FROM outbox WHERE sink = 'second'") != [("delivered", None)]:  # fmt: skip

@@ -152,15 +152,24 @@ async def test_lazy_units_become_durable_without_a_push(journal: Journal, path: 
 
 
 async def test_lazy_units_ride_on_a_commit_that_is_made_anyway_and_come_first(
-    journal: Journal, path: str, monkeypatch: pytest.MonkeyPatch
+    journal: Journal, path: str
 ) -> None:
-    monkeypatch.setattr(module, "_LAZY_S", 3600)
-    lazy = journal.submit_lazily(_say("lazy"))
+    lazy = journal.submit_lazily(_say("lazy"), 3600)
     before = journal.commits
     await journal.commit(_say("urgent"))
     assert lazy.done()
     assert journal.commits == before + 1
     assert _said(path) == ["lazy", "urgent"]
+
+
+async def test_of_lazy_units_the_most_urgent_takes_the_others_along(journal: Journal, path: str) -> None:
+    units = [journal.submit_lazily(_say(f"within {s}"), s) for s in (3600, 0.001, 1800)]
+    async with asyncio.timeout(10):
+        await asyncio.gather(*units)
+    assert _said(path) == ["within 3600", "within 0.001", "within 1800"]
+    assert journal.asked == 0, "nobody waits for them"
+    await journal.commit(_say("now"))
+    assert journal.asked == 1
 
 
 async def test_closing_commits_what_was_asked_for_before(path: str, clock: ManualClock) -> None:

@@ -1,0 +1,110 @@
+"""A sink with a backlog, on a real loop and journal: slowed down while somebody else needs the box, then as fast as it can."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+
+from agentqd.core.giveway import BATCH_GAP_S, BATCH_ROWS, PAGE_ROWS, SEND_GAP_S
+from agentqd.core.limits import PAGE_ROWS as WHOLE_PAGE
+from agentqd.core.settings import Settings
+from agentqd.loops.backlog import Backlog
+
+from .harness import Bench
+from .test_delivery import Script, _put, _running, plug, settings
+
+__all__ = ["plug", "settings"]
+
+ROWS = 900
+
+
+@asynccontextmanager
+async def _stirred(bench: Bench) -> AsyncIterator[None]:
+    """Somebody needs the box, all the time."""
+
+    async def stir() -> None:
+        while True:
+            bench.box.stir()
+            await asyncio.sleep(0.002)
+
+    task = asyncio.create_task(stir())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def _delivered(bench: Bench) -> int:
+    sql = "SELECT coalesce(sum(n), 0) FROM outbox_counts WHERE sink = 's' AND state = 'delivered'"
+    return int((await bench.rows(sql))[0][0])
+
+
+async def test_its_sends_have_a_gap_while_others_need_the_box_and_none_after(
+    bench: Bench, plug: Script
+) -> None:
+    await _put(bench, *(f"d{n}" for n in range(ROWS)))
+    async with _running(bench):
+        async with _stirred(bench):
+            began = time.monotonic()
+            await bench.until(lambda: len(plug.seen) > 60)
+            await asyncio.sleep(0.1)
+            sent, took = len(plug.seen), time.monotonic() - began
+        assert sent <= took / SEND_GAP_S + plug.concurrency
+        assert sent < ROWS
+        await bench.until(lambda: len(plug.seen) == ROWS)
+        while await _delivered(bench) < ROWS:
+            await asyncio.sleep(0.005)
+    assert sorted(batch[0] for batch in plug.seen) == sorted(f"d{n}" for n in range(ROWS))
+
+
+async def test_what_few_rows_wait_for_has_no_gap(bench: Bench, plug: Script) -> None:
+    """A healthy sink beside it: its gap would be an hour here."""
+    async with _running(bench) as runner, _stirred(bench):
+        runner.gate.courtesy._gap_s = 3600.0
+        await _put(bench, *(f"d{n}" for n in range(50)))
+        await bench.until(lambda: len(plug.seen) == 50)
+
+
+async def test_an_append_sink_takes_small_batches_meanwhile(bench: Bench, plug: Script) -> None:
+    plug.batch_max, plug.concurrency = 1000, 1
+    await _put(bench, *(f"d{n}" for n in range(ROWS)))
+    async with _running(bench):
+        async with _stirred(bench):
+            began = time.monotonic()
+            await bench.until(lambda: len(plug.seen) >= 4)
+            took, batches = time.monotonic() - began, list(plug.seen)
+        assert max(map(len, batches)) <= BATCH_ROWS
+        assert len(batches) <= took / BATCH_GAP_S + 2
+        await bench.until(lambda: sum(map(len, plug.seen)) == ROWS)
+    assert max(map(len, plug.seen)) > BATCH_ROWS
+    assert [name for batch in plug.seen for name in batch] == [f"d{n}" for n in range(ROWS)]
+
+
+async def test_no_row_is_lost_or_doubled_while_others_come_and_go(bench: Bench, plug: Script) -> None:
+    await _put(bench, *(f"d{n}" for n in range(ROWS)))
+    async with _running(bench):
+        for n in range(12):
+            async with _stirred(bench):
+                await _put(bench, *(f"e{n}-{k}" for k in range(20)))
+                await asyncio.sleep(0.03)
+            await asyncio.sleep(0.06 if n % 3 else 0.0)
+        while await _delivered(bench) < ROWS + 240:
+            await asyncio.sleep(0.005)
+    assert len(plug.seen) == ROWS + 240
+    assert len({batch[0] for batch in plug.seen}) == ROWS + 240
+
+
+@pytest.mark.parametrize("most", [PAGE_ROWS, WHOLE_PAGE])
+async def test_pages_are_as_long_as_is_said(bench: Bench, settings: Settings, most: int) -> None:
+    await _put(bench, *(f"d{n}" for n in range(WHOLE_PAGE + 10)))
+    backlog = Backlog(bench.box, "s", set(), 1, lambda rows: min(rows, most))
+    await backlog.refill()
+    assert backlog.waiting == most + WHOLE_PAGE, "and there is more"
+    assert len(backlog.take(1000)) == most
+    assert backlog.waiting == 0
