@@ -2,7 +2,8 @@
 
 A sink behind which much waits gives way: while anything else is under way (a task that comes, starts or ends, a claim from
 outside, a person's word: whatever waits for a commit), its sends begin one by one with a gap between them, those of an append
-sink in small batches. With nobody else there it sends as fast as it can. It is slowed down, never stopped.
+sink in small batches. Twice as many as come go without a gap, so that a backlog shrinks under a steady load. With nobody else
+there it sends as fast as it can. It is slowed down, never stopped.
 
 Why: the loop's thread, the journal's commits and the cores are shared. Three hundred sends a second leave most of each to others; a
 receiver that answers at once can take thirty times as many, and then each hand-over between threads waits for a turn.
@@ -18,6 +19,8 @@ OTHERS_S: Final = 0.05  # for so long after its commit was asked for something c
 SEND_GAP_S: Final = 0.003
 BATCH_GAP_S: Final = 0.02
 BATCH_ROWS: Final = 50
+FREE_FOR_ONE: Final = 2  # sends without a gap for each new row: what comes steadily never piles up
+FREE_MAX: Final = 2000
 PAGE_ROWS: Final = 64  # read from the journal at once
 MARKS_S: Final = 0.02  # what its receivers have said is gathered for so long
 
@@ -38,9 +41,13 @@ class GiveWay:
         if asked != self._asked:
             self._asked, self._until_s = asked, now_s + OTHERS_S
 
+    def others(self, now_s: float) -> bool:
+        """Is anything else under way?"""
+        return now_s < self._until_s
+
     def must(self, waiting: int, now_s: float) -> bool:
         """Does a sink behind which so many rows wait give way now?"""
-        return waiting > CROWD_ROWS and now_s < self._until_s
+        return waiting > CROWD_ROWS and self.others(now_s)
 
     def wait_s(self, sink: str, waiting: int, gap_s: float, now_s: float) -> float:
         """For how much longer its next send is not to begin."""

@@ -65,7 +65,8 @@ def _host(parts: SplitResult) -> str:
         host = host.encode("ascii" if host.isascii() else "idna").decode("ascii")
     except UnicodeError:
         host = ""
-    if not _NAME.fullmatch(host):
+    labels = host.removesuffix(".").split(".")
+    if not _NAME.fullmatch(host) or not all(0 < len(label) < 64 for label in labels):
         raise ValueError("has no host")
     return host
 

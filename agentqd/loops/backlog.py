@@ -47,6 +47,7 @@ class Backlog:
         self._page_seqs: set[int] = set()
         self._turns = Turns()
         self._look = True
+        self._more = False  # the last read found as many rows as it might take
         self._look_at: int | None = None  # a deferred row falls due
         self._forgotten = 0  # counts `forget`: a read from before it is void
 
@@ -63,7 +64,7 @@ class Backlog:
     @property
     def waiting(self) -> int:
         """How many rows are there to be sent; of those that are not in memory only whether there are some: a page of them."""
-        return len(self._page) + len(self._fresh) + (self._page_rows if self._page and self._look else 0)
+        return len(self._page) + len(self._fresh) + (self._page_rows if self._more else 0)
 
     def offer(self, rows: Sequence[DueRow], *, look: bool) -> None:
         """After a commit: new rows, and whether there are others to be looked for in the journal."""
@@ -144,6 +145,7 @@ class Backlog:
             return rows, outbox.next_due(connection, self._sink, now)
 
         rows, later = await self._box.journal.read(query)
+        self._more = len(rows) == limit
         if rows:
             self._look = True  # once these are sent: there may be more
         if later is not None:  # a send that was deferred meanwhile has set its own
@@ -219,6 +221,7 @@ class OrderedBacklog(Backlog):
         rows, floor, later = await self._box.journal.read(
             lambda c: outbox.next_in_order(c, self._sink, now, limit, floor, skip, PAGE_BYTES_MAX)
         )
+        self._more = len(rows) == limit
         if rows:
             self._look = True
         if later is not None:

@@ -106,7 +106,7 @@ class Gate:
         return rows if self.bucket is None else min(rows, self.bucket.tokens(now_s))
 
     def begin(self, rows: int, now_s: float) -> None:
-        self.courtesy.begin()
+        self.courtesy.begin(rows)
         if self.bucket is not None:
             self.bucket.take(rows, now_s)
 
@@ -119,12 +119,12 @@ class Gate:
             waits.append(max(left_s, self.alone_s(now_s)))
         elif self.why_disabled is None and under_way < self.pace.limit:
             token_s = 0.0 if self.bucket is None else self.bucket.wait_s(now_s)
-            if token_s > 0:
+            if self.courtesy.left_s > 0:  # a look that is overdue comes when what is in memory has gone
+                waits.append(self.courtesy.left_s)
+            elif token_s > 0:
                 waits.append(token_s)
             elif look_in_s is not None:
                 waits.append(look_in_s)
-            if self.courtesy.left_s > 0:
-                waits.append(self.courtesy.left_s)
         return max(0.001, min(waits))
 
     @property

@@ -118,6 +118,7 @@ class SinkRunner:
     def offer(self, rows: list[DueRow], *, look: bool) -> None:
         """After a commit: new rows, and whether there are others to be looked for in the journal."""
         self.backlog.offer(rows, look=look)
+        self.gate.courtesy.offered(len(rows))
         if self.gate.why_disabled is not None:
             self._hold_all()
         self.kick.set()

@@ -63,6 +63,8 @@ class _Connector(aiohttp.TCPConnector):
             if not protocol.should_close:
                 break
             connection.close()
+            if getattr(protocol, "wire", None) is None:  # a new one: it speaks before it is asked
+                raise aiohttp.ClientPayloadError
         wire = getattr(protocol, "wire", None)
         if wire is None:
             wire = protocol.wire = Wire()

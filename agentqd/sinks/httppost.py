@@ -123,8 +123,9 @@ class HttpPost:
         try:
             status, fields, content = await line.ask(connection, headers, body, until)
             this.status = status
-            if not 200 <= status < 300:
-                return Answer(status, fields.get("Retry-After"))  # what it says beside is not asked for
+            if not 200 <= status < 300:  # what it says beside is not asked for
+                whole = _is_there(content)
+                return Answer(status, fields.get("Retry-After"))
             whole = await _is_whole(this, status, fields, content, until)
             return Answer(status, None)
         finally:
@@ -203,11 +204,16 @@ class HttpPost:
                 return Unanswered("what it answers is no HTTP that can be read", connection=False)
 
 
+def _is_there(content: aiohttp.StreamReader) -> bool:
+    """All of it has come."""
+    return content.is_eof() and content.exception() is None
+
+
 async def _is_whole(
     this: _Try, status: int, fields: Fields, content: aiohttp.StreamReader, until: float | None = None
 ) -> bool:
     """Reads to the end, or as much as is listened to. Raises aiohttp.ClientPayloadError: a part is missing; TimeoutError."""
-    whole = content.is_eof() and content.exception() is None
+    whole = _is_there(content)
     if not whole:
         async with asyncio.timeout_at(until):
             whole = await _read_to_end(content)

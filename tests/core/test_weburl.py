@@ -26,6 +26,7 @@ def test_a_url_is_taken_apart(url: str, made: WebUrl, host_header: str) -> None:
     ("url", "said"),
     [
         ("", "begins neither"), ("ftp://xyzzy/x", "begins neither"), ("//xyzzy/x", "begins neither"), ("unix:/xyzzy", "begins neither"), ("http://", "no host"), ("http:///xyzzy", "no host"),
+        ("http://a..xyzzy/", "no host"), (f"http://{'x' * 64}.xyzzy/", "no host"), ("http://xyzzy../", "no host"),
         ("http://u:xyzzy@h/x", "user or password"), ("http://xyzzy@h/x", "user or password"), ("http://@h/xyzzy", "user or password"), ("http://h:0/xyzzy", "no port"), ("http://h:66000/xyzzy", "cannot be read"),
         ("http://h:xyzzy/", "cannot be read"), ("http://h/x#xyzzy", "fragment"), ("http://h/x#", "fragment"), ("http://h/xyzzy y", "space"), ("http://h/x\r\nX: xyzzy", "space or a control"),
         ("http://[xyzzy]/", "cannot be read|no address"), ("http://xyzzy\\@h/", "no host|user"), ("http://a..\u00fc/xyzzy", "no host"), ("http://-xyzzy/", "no host"),

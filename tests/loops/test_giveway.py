@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import pytest
 
-from agentqd.core.giveway import BATCH_GAP_S, BATCH_ROWS, PAGE_ROWS, SEND_GAP_S
+from agentqd.core.giveway import BATCH_GAP_S, BATCH_ROWS, FREE_MAX, PAGE_ROWS, SEND_GAP_S, GiveWay
 from agentqd.core.limits import PAGE_ROWS as WHOLE_PAGE
 from agentqd.core.settings import Settings
 from agentqd.loops.backlog import Backlog
+from agentqd.loops.courtesy import Courtesy
+from agentqd.loops.gate import Gate
 
 from .harness import Bench
 from .test_delivery import Script, _put, _running, plug, settings
@@ -103,8 +106,51 @@ async def test_no_row_is_lost_or_doubled_while_others_come_and_go(bench: Bench, 
 @pytest.mark.parametrize("most", [PAGE_ROWS, WHOLE_PAGE])
 async def test_pages_are_as_long_as_is_said(bench: Bench, settings: Settings, most: int) -> None:
     await _put(bench, *(f"d{n}" for n in range(WHOLE_PAGE + 10)))
-    backlog = Backlog(bench.box, "s", set(), 1, lambda rows: min(rows, most))
+    in_flight: set[int] = set()
+    backlog = Backlog(bench.box, "s", in_flight, 1, lambda rows: min(rows, most))
+    left = WHOLE_PAGE + 10
+    while left >= most:
+        await backlog.refill()
+        assert backlog.waiting == most + WHOLE_PAGE, "and there may be more"
+        in_flight.update(row.entry_seq for row in backlog.take(most))
+        left -= most
     await backlog.refill()
-    assert backlog.waiting == most + WHOLE_PAGE, "and there is more"
-    assert len(backlog.take(1000)) == most
-    assert backlog.waiting == 0
+    assert backlog.waiting == left
+
+
+def _courtesy(waiting: int) -> Courtesy:
+    """Somebody needs the box now, and its gap is an hour."""
+    return Courtesy(GiveWay(), "s", 3600.0, itertools.count(1).__next__, lambda: waiting)
+
+
+def test_twice_as_many_as_come_go_without_a_gap() -> None:
+    courtesy = _courtesy(500)
+    assert courtesy.allows()
+    courtesy.begin(1)
+    assert not courtesy.allows()
+    courtesy.offered(3)
+    for _ in range(6):
+        assert courtesy.allows()
+        assert courtesy.left_s == 0.0
+        courtesy.begin(1)
+    assert not courtesy.allows()
+    assert 3000.0 < courtesy.left_s <= 3600.0
+    assert courtesy.most(1000) == BATCH_ROWS
+    courtesy.offered(100)
+    assert courtesy.most(1000) == 200
+    courtesy.offered(10**6)
+    assert courtesy.most(10**6) == FREE_MAX
+
+
+def test_pages_are_short_while_others_need_the_box_however_few_rows_are_in_memory() -> None:
+    """With an order there are none in memory when the journal is read."""
+    assert _courtesy(0).page(WHOLE_PAGE) == PAGE_ROWS
+    assert Courtesy(GiveWay(), "s", 1.0, lambda: 0, lambda: 10**6).page(WHOLE_PAGE) == WHOLE_PAGE
+
+
+def test_a_sink_that_gives_way_sleeps_though_a_look_is_overdue() -> None:
+    gate = Gate(5, None, 0.0, _courtesy(500))
+    assert gate.allows(0.0, 0)
+    gate.begin(1, 0.0)
+    assert not gate.allows(0.0, 1)
+    assert gate.idle_s(0.0, 1, -5.0) > 1.0

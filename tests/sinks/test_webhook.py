@@ -434,6 +434,16 @@ async def test_connections_are_kept_and_as_many_as_needed(web: Receiver) -> None
     await until(lambda: not web._writers)
 
 
+@pytest.mark.parametrize("padding", [0, 60_000])
+async def test_a_whole_no_keeps_the_connection(web: Receiver, padding: int) -> None:
+    web.does = says(503)
+    async with sink_to(web.url) as sink:
+        for number in range(1, 6):
+            (outcome,) = await sink.deliver([delivery(number, padding=padding)])
+            assert isinstance(outcome, Deferred)
+    assert web.connections == 1
+
+
 @pytest.mark.parametrize("close", ["Connection: close", "Connection: foo, Close"])
 async def test_a_receiver_that_closes_gets_a_new_connection(web: Receiver, close: str) -> None:
     web.does = says(200, close)

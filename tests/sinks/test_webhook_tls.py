@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import ipaddress
 import ssl
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from agentqd.core.units import Duration
 from agentqd.sinks.base import Deferred, Delivered
 
 from .conformance import ids, open_descriptors, some
@@ -179,6 +181,26 @@ async def test_tls_where_nobody_speaks_it_and_the_other_way_round(
         outcome = await one(sink)
         assert isinstance(outcome, Deferred)
         assert other.seen == []
+
+
+async def test_a_receiver_that_speaks_first_is_left_at_once(authority: Authority) -> None:
+    """SMTPS, say. With TLS 1.2 its banner may come with the end of the handshake, before a word of ours."""
+
+    @early
+    async def banner(x: Exchange) -> None:
+        await x.say(b"220 mail ESMTP ready\r\n")
+        await x.until_gone()
+
+    tls = authority.server()
+    tls.maximum_version = ssl.TLSVersion.TLSv1_2
+    async with Receiver(tls) as web, sink_to(web.url, timeout=Duration(5)) as sink:
+        web.does = banner
+        began = time.monotonic()
+        outcome = await one(sink)
+        assert isinstance(outcome, Deferred)
+        assert "no HTTP" in outcome.reason
+        assert time.monotonic() - began < 4
+        assert web.connections == 1
 
 
 async def test_a_receiver_that_is_silent_in_its_handshake_is_left(
