@@ -24,12 +24,10 @@ class Courtesy:
 
     def allows(self) -> bool:
         """May one more send begin?"""
-        now_s = time.monotonic()
-        self._way.heard(self._asked(), now_s)
-        if self._free > 0:
-            self.left_s = 0.0
-            return True
-        self.left_s = self._way.wait_s(self._sink, self._waiting(), self._gap_s, now_s)
+        self.left_s = 0.0
+        now_s = self._look()
+        if self._free == 0 and self._way.others(now_s):
+            self.left_s = self._way.wait_s(self._sink, self._waiting(), self._gap_s, now_s)
         return self.left_s == 0.0
 
     def most(self, rows: int) -> int:
@@ -40,9 +38,7 @@ class Courtesy:
 
     def page(self, rows: int) -> int:
         """How many rows to read from the journal at once, of so many at most: each takes the interpreter's lock for a moment."""
-        now_s = time.monotonic()
-        self._way.heard(self._asked(), now_s)
-        return min(rows, PAGE_ROWS) if self._way.others(now_s) else rows
+        return min(rows, PAGE_ROWS) if self._way.others(self._look()) else rows
 
     def within_s(self) -> float:
         """How soon what its receiver has said is to be recorded, if no other commit comes: each commit is an fdatasync."""
@@ -54,4 +50,10 @@ class Courtesy:
 
     def begin(self, rows: int) -> None:
         self._free = max(0, self._free - rows)
-        self._way.begun(self._sink, self._waiting(), time.monotonic())
+        if self._way.others(now_s := time.monotonic()):  # with nobody else it does not matter when it began
+            self._way.begun(self._sink, self._waiting(), now_s)
+
+    def _look(self) -> float:
+        now_s = time.monotonic()
+        self._way.heard(self._asked(), now_s)
+        return now_s
