@@ -171,17 +171,8 @@ class OrderedBacklog(Backlog):
     A row that a person sends again goes where its entry stands: before all later ones that are still open.
     """
 
-    def __init__(
-        self,
-        box: Box,
-        sink: str,
-        in_flight: set[int],
-        batch_max: int,
-        page: Callable[[int], int] = lambda most: most,
-    ) -> None:
-        super().__init__(box, sink, in_flight, batch_max, page)
-        self._floor = 0  # no open row below it
-        self._deferring = 0  # deferred rows whose mark is not durable yet
+    _floor = 0  # no open row below it
+    _deferring = 0  # deferred rows whose mark is not durable yet
 
     def offer(self, rows: Sequence[DueRow], *, look: bool) -> None:  # noqa: ARG002 - they are read in their order
         self._look = True
